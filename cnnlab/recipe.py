@@ -1,0 +1,138 @@
+"""`Recipe`: everything that decides how one training run goes, as plain, frozen, JSON-safe values."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, fields
+
+CHOICES = {
+    "model": ("SmallCNN", "ResNet9", "VGG16", "VGG19"),
+    "data": ("digits", "fashion-mnist", "cifar10", "synthetic"),
+    "optimizer": ("sgd", "adam"),
+    "device": ("cpu", "cuda"),
+    "loader": ("sample", "batch"),
+    "precision": ("fp32", "tf32", "bf16", "fp16"),
+    "memory_format": ("contiguous", "channels_last"),
+    "compiler": ("eager", "inductor"),
+    "strategy": ("ddp",),
+}
+
+
+class Refused(ValueError):
+    """What was asked for cannot be done; the message names the value, what is allowed, and the mend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training configuration. The defaults train `SmallCNN` on the embedded digits, the plainest way.
+
+    Raises `Refused` for a value or a combination that can run on no machine; what only *this* machine
+    lacks (a GPU, a compiler) is reported by `machine.missing_for(recipe)`.
+    """
+
+    model: str = "SmallCNN"
+    width: int | None = None          # channels of the first convolution; None: the model's own
+    data: str = "digits"
+    images: int = 2048                # how many training images, for synthetic data only
+    image_size: int = 32              # pixels a side, for synthetic data only
+    classes: int = 10                 # for synthetic data only
+    batch_size: int = 64              # images a step, all ranks together
+    epochs: int = 1
+    steps: int | None = None          # stop after so many steps, however many epochs they take
+    warmup_steps: int = 2             # timed apart: compilation, caches, first allocations
+    optimizer: str = "sgd"            # sgd has momentum 0.9
+    learning_rate: float = 0.05
+    seed: int = 0
+    evaluate: bool = True             # held-out accuracy after each epoch and at the end
+    device: str = "cpu"
+    threads: int | None = None        # a rank; None: the cores shared out among the ranks
+    loader: str = "sample"            # fetch sample by sample and collate, or index a whole batch at once
+    loader_workers: int = 0
+    precision: str = "fp32"
+    memory_format: str = "contiguous"
+    compiler: str = "eager"
+    replicas: int = 1
+    strategy: str = "ddp"
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            _one_of(name, getattr(self, name), allowed)
+        for name in ("images", "image_size", "classes", "batch_size", "epochs", "replicas"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "loader_workers", "seed"):
+            _whole(name, getattr(self, name), 0)
+        for name in ("width", "steps", "threads"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
+        rate = self.learning_rate
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+            raise Refused(f"learning_rate={rate!r} is not allowed: it must be a finite number above 0, such as 0.05.")
+        if not isinstance(self.evaluate, bool):
+            raise Refused(f"evaluate={self.evaluate!r} is not allowed: it must be True or False.")
+        self._check_combinations()
+
+    def _check_combinations(self):
+        if self.batch_size % self.replicas:
+            raise Refused(f"batch_size={self.batch_size} cannot be split evenly over replicas={self.replicas}: "
+                          f"take a multiple of {self.replicas}, such as {_nearest_multiple(self.batch_size, self.replicas)}.")
+        if self.precision == "tf32" and self.device != "cuda":
+            raise Refused("precision='tf32' needs device='cuda': it is a mode of NVIDIA's matrix units. "
+                          "On a CPU take precision='bf16'.")
+        if self.steps is not None and self.steps <= self.warmup_steps:
+            raise Refused(f"steps={self.steps} leaves nothing to time after warmup_steps={self.warmup_steps}: "
+                          "raise steps or lower warmup_steps.")
+        if self.data == "synthetic" and self.batch_size > self.images:
+            raise Refused(f"batch_size={self.batch_size} is larger than the data, images={self.images}: "
+                          "lower batch_size or raise images.")
+
+    def but(self, **changes):
+        """The same recipe with some fields changed."""
+        _known(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values):
+        """The inverse of `to_dict`; fields left out take their defaults, unknown ones are refused."""
+        if not isinstance(values, dict):
+            raise Refused(f"a recipe is a JSON object of names and values, not {type(values).__name__}.")
+        _known(values)
+        return cls(**values)
+
+
+def changes(a, b):
+    """What differs from recipe `a` to recipe `b`: {field name: (value in a, value in b)}."""
+    return {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(Recipe)
+            if getattr(a, f.name) != getattr(b, f.name)}
+
+
+def legend(a, b):
+    """`changes(a, b)` as a short label for a plot, such as 'threads=2, precision=bf16'."""
+    return ", ".join(f"{name}={new}" for name, (_, new) in changes(a, b).items()) or "unchanged"
+
+
+def _one_of(name, value, allowed):
+    if value not in allowed:
+        close = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise Refused(f"{name}={value!r} is not known: take one of {', '.join(allowed)}.{hint}")
+
+
+def _whole(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise Refused(f"{name}={value!r} is not allowed: it must be a whole number, {least} or more.")
+
+
+def _known(values):
+    names = [f.name for f in fields(Recipe)]
+    for name in values:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" The fields are {', '.join(names)}."
+            raise Refused(f"a recipe has no field {name!r}.{hint}")
+
+
+def _nearest_multiple(value, factor):
+    return max(factor, round(value / factor) * factor)

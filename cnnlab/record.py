@@ -1,0 +1,141 @@
+"""Runs on disk: JSON lines, the first saying what ran where, then the run's events. Also the records that ship."""
+
+import json
+import os
+import subprocess
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from . import events as events_of
+from .events import Started
+from .recipe import Recipe, Refused
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A loaded run. `truncated` says what is missing at its end, or is None when it is whole."""
+
+    recipe: Recipe
+    machine: dict
+    versions: dict
+    commit: str | None
+    date: str
+    events: list
+    truncated: str | None
+
+
+def save(path, events, machine):
+    """Pass the events of a run through, writing each to `path`; `machine` is `Machine.to_dict()`.
+
+    Lines go to `path.part`, which takes the final name only when the run is over: a record is whole or not there.
+    An interrupted run leaves its `.part`, which `load` reads as well. Raises `Refused` where it cannot be written.
+    """
+    path = Path(path)
+    with _written(path) as file:
+        for event in events:
+            if isinstance(event, Started) and event.rank == 0:
+                _line(file, path, {"cnnlab": FORMAT, "recipe": event.recipe.to_dict(), "machine": machine, "versions": machine["versions"],
+                                   "commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+            _line(file, path, events_of.to_dict(event))
+            yield event
+
+
+def load(path):
+    """The `Record` at `path`. A torn last line is left out and named in `truncated`; other damage raises `Refused`."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise Refused(f"there is no record {path}. {_others(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"the record {path} cannot be read: {error}.") from None
+    values, torn = [], None
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) or number == 1:
+                raise Refused(f"the record {path} is damaged in line {number}: it is no JSON. Record the run again.") from None
+            torn = f"the last line ({number}) is torn"
+    try:
+        header = values[0]
+        if header["cnnlab"] != FORMAT:
+            raise Refused(f"the record {path} has format {header['cnnlab']}; this version of cnnlab reads {FORMAT}.")
+        events = [events_of.from_dict(value) for value in values[1:]]
+        recipe = Recipe.from_dict(header["recipe"])
+        ended = any(isinstance(event, (events_of.Finished, events_of.Failed)) for event in events)
+        return Record(recipe=recipe, events=events, truncated=torn or (None if ended else "the run's end is missing"),
+                      **{name: header[name] for name in ("machine", "versions", "commit", "date")})
+    except (IndexError, KeyError, TypeError) as error:
+        raise Refused(f"the record {path} is no cnnlab record, or damaged ({type(error).__name__}: {error}).") from None
+
+
+def replay(path, tempo=None):
+    """The events of a recorded run, as `launch.run` would yield them; warns when the record is truncated.
+
+    `tempo`: None, all at once; 1, as fast as it ran; 10, ten times as fast.
+    """
+    record = load(path)
+    if record.truncated:
+        warnings.warn(f"{path} is truncated: {record.truncated}. The {len(record.events)} events before it are replayed.", stacklevel=2)
+    clock = 0.0
+    for event in record.events:
+        seconds = getattr(event, "seconds", clock)
+        if tempo and seconds > clock:
+            time.sleep((seconds - clock) / tempo)
+        clock = max(clock, seconds)
+        yield event
+
+
+def write_json(path, value):
+    """Write `value` as JSON to `path` in one step: the old file stays whole until the new one is."""
+    path = Path(path)
+    with _written(path) as file:
+        _line(file, path, value, indent=1)
+
+
+def commit():
+    """The git commit of this code, '+changes' behind it where it was edited; None where it is not a checkout."""
+    folder = Path(__file__).parent
+    try:
+        git = lambda *words: subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", folder) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextmanager
+def _written(path):
+    """A file that takes the name `path` when the block is left without an error."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(part, "w", encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    with file:
+        yield file
+    os.replace(part, path)
+
+
+def _line(file, path, value, indent=None):
+    try:
+        file.write(json.dumps(value, indent=indent) + "\n")
+        file.flush()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path, error):
+    return Refused(f"cannot write {path}: {error.strerror or error}. Name a folder that you may write to and that has room.")
+
+
+def _others(path):
+    names = sorted(other.name for other in path.parent.glob("*.jsonl")) if path.parent.is_dir() else []
+    return f"The folder has {', '.join(names)}." if names else f"There are no records in {path.parent}."
