@@ -140,6 +140,11 @@ def train_loader(recipe, dataset, rank=0, world=1):
     return DataLoader(dataset, batch_sampler=batches, **common)
 
 
+def shifted(images, generator, most=2):
+    """The batch moved by up to `most` pixels along each axis, around the edge: a digit stays a digit when it moves."""
+    return images.roll(torch.randint(-most, most + 1, (2,), generator=generator).tolist(), dims=(2, 3))
+
+
 class _WholeBatches(torch.utils.data.Dataset):
     """Lets one index stand for a whole batch: dataset[[3, 1, 4]] is three images and three labels."""
 

@@ -80,16 +80,20 @@ def stream(function, args, world, stop=None, env=None, backend="gloo"):
     folder = Path(tempfile.mkdtemp(prefix="cnnlab-"))
     listener = Listener(str(folder / "socket") if hasattr(os, "fork") else None, backlog=world)
     inbox = queue.Queue()                   # (rank, kind, content), from one thread a rank and the agent's
+    over = threading.Event()                # ranks that are done wait for it: see _rank
     job = cloudpickle.dumps((function, args, dict(env or {}), backend, str(folder / "store")))
-    readers = [threading.Thread(target=_read, args=(listener, job, inbox), daemon=True) for _ in range(world)]
+    readers = [threading.Thread(target=_read, args=(listener, job, inbox, over), daemon=True) for _ in range(world)]
     agent = threading.Thread(target=_supervise, args=(listener.address, world, str(folder), inbox), daemon=True)
-    pids = {}
+    pids, finished = {}, False
     try:
         for thread in (*readers, agent):
             thread.start()
         yield from _events(inbox, pids, world, stop)
+        finished = not (stop and stop.is_set())
     finally:
-        _kill(pids)
+        if not finished:
+            _kill(pids)
+        over.set()
         for _ in readers:                   # wake the readers that no rank has come to
             try:
                 Client(listener.address).close()
@@ -142,7 +146,7 @@ def _cause(inbox, first):
     return rank, "the process did not start", content
 
 
-def _read(listener, job, inbox):
+def _read(listener, job, inbox, over):
     """One rank's messages, from its hello to its last word, into the inbox."""
     try:
         with listener.accept() as connection:
@@ -156,6 +160,9 @@ def _read(listener, job, inbox):
                     inbox.put((rank, kind, content))
             except (EOFError, OSError):
                 inbox.put((rank, "gone", None))
+            if kind == "done":
+                over.wait()
+                connection.send("bye")
     except (EOFError, OSError):             # the listener closed, or was only woken
         return
 
@@ -166,7 +173,8 @@ def _supervise(address, world, folder, inbox):
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)    # errors reach the learner as events
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)           # errors reach the learner as events
     spec = WorkerSpec(role="cnnlab", local_world_size=world, entrypoint=_rank, args=(address,), rdzv_handler=_one_machine(),
                       max_restarts=0, monitor_interval=0.02)
     try:
@@ -215,10 +223,10 @@ def _rank(address):
             for event in function(rank, world, *args):
                 connection.send(("event", event))
             connection.send(("done", None))
+            connection.recv()     # all are done; a rank that dies in the agent's own barrier, further on, would hang the agent
         except BaseException as error:
             connection.send(("error", (f"{type(error).__name__}: {error}", traceback.format_exc())))
             os._exit(1)                                   # at once: peers may hold what a tidy exit would wait for
-    os._exit(0)
 
 
 def _join(rank, world, backend, store):

@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields
 CHOICES = {
     "model": ("SmallCNN", "ResNet9", "VGG16", "VGG19"),
     "data": ("digits", "fashion-mnist", "cifar10", "synthetic"),
+    "augment": ("none", "shift"),
     "optimizer": ("sgd", "adam"),
+    "schedule": ("constant", "cosine"),
     "device": ("cpu", "cuda"),
     "loader": ("sample", "batch"),
     "precision": ("fp32", "tf32", "bf16", "fp16"),
@@ -40,8 +42,10 @@ class Recipe:
     epochs: int = 1
     steps: int | None = None          # stop after so many steps, however many epochs they take
     warmup_steps: int = 2             # timed apart: compilation, caches, first allocations
-    optimizer: str = "sgd"            # sgd has momentum 0.9
-    learning_rate: float = 0.05
+    augment: str = "none"             # shift: each batch moved by up to 2 pixels
+    optimizer: str = "adam"           # sgd has momentum 0.9
+    learning_rate: float = 0.003
+    schedule: str = "constant"        # cosine: down to 0 at the last step
     seed: int = 0
     evaluate: bool = True             # held-out accuracy after each epoch and at the end
     device: str = "cpu"
@@ -66,7 +70,7 @@ class Recipe:
                 _whole(name, getattr(self, name), 1)
         rate = self.learning_rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
-            raise Refused(f"learning_rate={rate!r} is not allowed: it must be a finite number above 0, such as 0.05.")
+            raise Refused(f"learning_rate={rate!r} is not allowed: it must be a finite number above 0, such as 0.003.")
         if not isinstance(self.evaluate, bool):
             raise Refused(f"evaluate={self.evaluate!r} is not allowed: it must be True or False.")
         self._check_combinations()

@@ -1,6 +1,7 @@
 """THE training loop: a generator of events for one rank. No printing, plotting or saving: that is its consumers' work."""
 
 import os
+from functools import partial
 from itertools import count
 
 import torch
@@ -26,10 +27,11 @@ def train(recipe, rank=0, world=1):
     loader = data.train_loader(recipe, images_of.train, rank, world)
     network = build(recipe, images_of.shape)
     model = speed.prepare(network, recipe, device, world)
-    optimizer = make_optimizer(recipe, model)
-    scaler = speed.grad_scaler(recipe)
-    layout = getattr(torch, recipe.memory_format + "_format" * (recipe.memory_format == "contiguous"))
     steps = recipe.steps or recipe.epochs * len(loader)
+    optimizer, schedule = make_optimizer(recipe, model, steps)
+    scaler = speed.grad_scaler(recipe)
+    layout = torch.channels_last if recipe.memory_format == "channels_last" else torch.contiguous_format
+    shifts = torch.Generator().manual_seed(recipe.seed)      # the same in all ranks: a batch moves as one
     speed.set_seed(recipe.seed, rank)
 
     yield Started(rank=rank, world=world, recipe=recipe, pid=os.getpid(), parameters=parameters(network),
@@ -42,6 +44,8 @@ def train(recipe, rank=0, world=1):
         for images, labels in clock.waited(loader):
             images = images.to(device, memory_format=layout, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
+            if recipe.augment == "shift":
+                images = data.shifted(images, shifts)
             with speed.autocast(recipe):
                 logits = model(images)
                 loss = F.cross_entropy(logits, labels)
@@ -49,11 +53,13 @@ def train(recipe, rank=0, world=1):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
+            schedule.step()
 
             step += 1
             losses.append(loss.detach())
             correct += (logits.argmax(1) == labels).sum()
-            if clock.running() >= REPORT_EVERY or step in (recipe.warmup_steps, steps):
+            last_of_epoch = recipe.evaluate and step % len(loader) == 0
+            if clock.running() >= REPORT_EVERY or last_of_epoch or step in (recipe.warmup_steps, steps):
                 before = clock.seconds
                 clock.pause()
                 took, done = clock.seconds - before, step - reported
@@ -66,14 +72,14 @@ def train(recipe, rank=0, world=1):
                 clock.resume()
             if step == steps:
                 break
-        clock.pause()
         if recipe.evaluate:
+            clock.pause()
             accuracy, mean_loss = evaluate(network, recipe, images_of.test, device, rank, world)
             yield Evaluated(rank=rank, epoch=epoch, step=step, seconds=clock.seconds, accuracy=accuracy, loss=mean_loss,
                             images=len(images_of.test))
+            clock.resume()
         if step == steps:
             break
-        clock.resume()
 
     timed, seconds = step - warm[0], clock.seconds - warm[1]
     waiting = (clock.waiting - warm[2]) / timed
@@ -104,11 +110,13 @@ def evaluate(network, recipe, dataset, device, rank=0, world=1):
     return (totals / len(dataset)).tolist()
 
 
-def make_optimizer(recipe, model):
-    """SGD with momentum 0.9, or Adam."""
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
-    return torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=0.9)
+def make_optimizer(recipe, model, steps):
+    """The optimizer (Adam, or SGD with momentum 0.9), and the schedule of its learning rate over `steps` steps."""
+    optimizers = {"adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+    optimizer = optimizers[recipe.optimizer](model.parameters(), lr=recipe.learning_rate)
+    schedules = {"constant": partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
+                 "cosine": partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)}
+    return optimizer, schedules[recipe.schedule](optimizer)
 
 
 def pick_device(recipe, rank):

@@ -1,0 +1,124 @@
+"""The ladder: techniques tried one on top of the other, each kept only if it pays, up to this machine's best recipe."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+
+from .compare import Measurement, Speedup, measure, speedup
+from .recipe import Recipe
+
+AGAIN = "again: "     # in the name of a rung that lost once and gets a second chance, on a different footing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One technique on the ladder. `kept` is None while it is being measured."""
+
+    name: str
+    measurement: Measurement
+    over_baseline: Speedup | None = None
+    over_below: Speedup | None = None
+    kept: bool | None = None
+
+    @property
+    def recipe(self):
+        return self.measurement.recipe
+
+    def to_dict(self):
+        """The rung as the JSON of `python -m cnnlab ladder` has it."""
+        q1, median, q3 = self.measurement.quartiles
+        base, below = self.over_baseline, self.over_below
+        return {"name": self.name, "recipe": self.recipe.to_dict(),
+                "images_per_s": {"median": median, "q1": q1, "q3": q3, "n": len(self.measurement.images_per_s)},
+                "speedup": base.value, "speedup_ci": [base.low, base.high], "over_below": below.value, "over_below_ci": [below.low, below.high],
+                "below": below.baseline, "kept": self.kept, "compile_s": self.measurement.compile_s,
+                "peak_memory_mib": self.measurement.peak_memory_mib, "accuracy": self.measurement.accuracy}
+
+
+def techniques(machine):
+    """What can be tried on this machine, from the ground up: ({name: changes to a recipe}, {name: why not})."""
+    gpu = machine.gpus and {"GPU": {"device": "cuda"}, "TF32 on the GPU": {"precision": "tf32"}, "channels_last on the GPU": {"memory_format": "channels_last"},
+                            "bf16 on the GPU": {"precision": "bf16"}, "torch.compile on the GPU": {"compiler": "inductor"}}
+    replicas = len(machine.gpus) if len(machine.gpus) > 1 else machine.cores
+    rungs = {
+        "threads": machine.cores > 1 and {"threads": machine.cores},
+        "channels_last": {"memory_format": "channels_last"},
+        "whole-batch loader": {"loader": "batch"},
+        "bf16": {"precision": "bf16"},
+        AGAIN + "channels_last": {"memory_format": "channels_last"},
+        "torch.compile": machine.compiler and {"compiler": "inductor"},
+        **(gpu or {"GPU": None}),
+        "replicas": (machine.cores > 1 and not machine.gpus or len(machine.gpus) > 1) and {"replicas": replicas, "threads": None},
+    }
+    why_not = {"threads": "this process may use one core only", "torch.compile": machine.missing.get("C++ compiler"),
+               "GPU": machine.missing.get("NVIDIA GPU"),
+               "replicas": machine.missing.get("second GPU") if machine.gpus else "this process may use one core only"}
+    return ({name: change for name, change in rungs.items() if change},
+            {name: why_not[name] for name, change in rungs.items() if not change})
+
+
+def ground(recipe):
+    """The naive baseline of a recipe: the same work with one thread, fp32, eager, one process, sample by sample, on the CPU."""
+    return recipe.but(device="cpu", threads=1, loader="sample", loader_workers=0, precision="fp32", memory_format="contiguous",
+                      compiler="eager", replicas=1)
+
+
+def climb(recipe, rungs, repeats=5, stop=None):
+    """Try each of `rungs` ({name: changes}) on top of what was kept, and yield each `Rung` anew after every run of it.
+
+    The rung below and the candidate run in turn, `repeats` times each; the baseline runs once more beside each
+    rung, so that its figure covers the whole climb. A rung is kept when it beats the one below significantly.
+    """
+    cache = tempfile.mkdtemp(prefix="cnnlab-compiled-")     # empty: compile times are those of a first time
+    options = dict(stop=stop, env={"TORCHINDUCTOR_CACHE_DIR": cache})
+    baseline = below = Rung(name="baseline", measurement=Measurement(name="baseline", recipe=ground(recipe)), kept=True)
+    lost = set()
+    try:
+        yield baseline
+        if not rungs:
+            for found in measure({"baseline": baseline.recipe}, repeats, **options):
+                baseline = _judged(replace(baseline, measurement=found["baseline"]), found["baseline"], None)
+                yield baseline
+        for name, change in rungs.items():
+            candidate = below.recipe.but(**change)
+            if candidate == below.recipe or name.startswith(AGAIN) and name.removeprefix(AGAIN) not in lost:
+                continue
+            rung = Rung(name=name, measurement=Measurement(name=name, recipe=candidate))
+            yield rung
+            if below.name != "baseline":
+                for found in measure({"baseline": baseline.recipe}, 1, **options):
+                    baseline = _judged(replace(baseline, measurement=_more(baseline.measurement, found["baseline"])), None, None)
+                    yield baseline
+            pair = {}
+            for pair in measure({below.name: below.recipe, name: candidate}, repeats, **options):
+                if below.name == "baseline":
+                    baseline = below = _judged(replace(below, measurement=pair["baseline"]), None, None)
+                    yield baseline
+                rung = _judged(replace(rung, measurement=pair[name]), baseline.measurement, pair[below.name])
+                if rung.measurement.images_per_s:
+                    yield rung
+            if stop is not None and stop.is_set():
+                return
+            rung = replace(rung, kept=rung.over_below.low > 1)
+            yield rung
+            lost = lost if rung.kept else lost | {name}
+            below = rung if rung.kept else below
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def _judged(rung, baseline, below):
+    """The rung with its speedups over the baseline and over the rung below; for the baseline itself, 1."""
+    if rung.name == "baseline":
+        one = Speedup(value=1.0, low=1.0, high=1.0, baseline="baseline")
+        return replace(rung, over_baseline=one, over_below=one)
+    if not rung.measurement.images_per_s:
+        return rung
+    pairs = len(rung.measurement.images_per_s)
+    below = replace(below, images_per_s=below.images_per_s[:pairs])
+    return replace(rung, over_baseline=speedup(baseline, rung.measurement, paired=False), over_below=speedup(below, rung.measurement))
+
+
+def _more(measurement, other):
+    """A measurement with the repeats of another of the same recipe added."""
+    return replace(measurement, images_per_s=measurement.images_per_s + other.images_per_s)

@@ -1,0 +1,40 @@
+"""How speedup ought to grow with the number of workers: the laws that measured points are held against."""
+
+import numpy as np
+
+from .recipe import Refused
+
+
+def amdahl(workers, serial):
+    """Speedup of a fixed amount of work of which the share `serial` (0 to 1) cannot be split over the workers.
+
+    S(n) = 1 / (serial + (1 - serial) / n): G. M. Amdahl, "Validity of the single processor approach" (1967).
+    """
+    _share(serial)
+    return 1 / (serial + (1 - serial) / np.asarray(workers, float))
+
+
+def gustafson(workers, serial):
+    """Speedup when the work grows with the workers and the share `serial` (0 to 1) of the parallel run is not split.
+
+    S(n) = serial + (1 - serial) n: J. L. Gustafson, "Reevaluating Amdahl's law" (1988).
+    """
+    _share(serial)
+    return serial + (1 - serial) * np.asarray(workers, float)
+
+
+def fit_serial(workers, speedups):
+    """The serial share for which Amdahl's law comes nearest to measured speedups (least squares in 1/S), 0 to 1.
+
+    Amdahl's law is a straight line in 1/S: 1/S - 1/n = serial (1 - 1/n). Needs a point with more than one worker.
+    """
+    n, s = np.asarray(workers, float), np.asarray(speedups, float)
+    if not (n > 1).any():
+        raise Refused(f"workers={list(workers)} has no point with more than one worker: measure 2 or more as well.")
+    x, y = 1 - 1 / n, 1 / s - 1 / n
+    return float(np.clip((x @ y) / (x @ x), 0, 1))
+
+
+def _share(serial):
+    if not 0 <= serial <= 1:
+        raise Refused(f"serial={serial!r} is not allowed: it is a share, from 0 to 1.")
