@@ -63,9 +63,6 @@ def tf32():
 
 def compiled(model):
     """The model as fused, generated code. The first call compiles: seconds to a minute, timed apart."""
-    import torch._inductor.config
-
-    torch._inductor.config.compile_threads = 1   # no pool of compile processes that could outlive a rank
     return torch.compile(model)
 
 

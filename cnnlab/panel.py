@@ -1,0 +1,300 @@
+"""Controls that make a recipe, and the live board: press Run, watch real training, move a slider, press Stop.
+
+The cell that shows a panel returns at once. Training runs in other processes; one thread takes in what they say,
+another draws, at most four times a second. Buttons and sliders only set events, so that they answer at once.
+"""
+
+import base64
+import io
+import os
+import threading
+import time
+import traceback
+
+import ipywidgets as widgets
+import numpy as np
+from IPython.display import publish_display_data
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from . import launch, machine, plot
+from .events import Failed, Finished, Progress, Started
+from .ladder import techniques
+from .ladder import climb as climb_ladder
+from .recipe import Refused, legend
+
+REDRAW_EVERY = 0.3       # seconds
+EARLIER_RUNS = 4         # how many stay on the plot for comparison
+
+
+class Picture:
+    """A matplotlib figure as PNG bytes. While nothing but the points of lines changes, only the lines are drawn."""
+
+    def __init__(self, axes=2, size=(8.0, 3.1), dpi=100):
+        self.figure = Figure(figsize=size, dpi=dpi)
+        self.canvas = FigureCanvasAgg(self.figure)
+        self.axes = self.figure.subplots(1, axes, squeeze=False)[0]
+        self.figure.subplots_adjust(left=0.07, right=0.98, bottom=0.16, top=0.9, wspace=0.18)
+        self.drawn, self.background = None, None
+
+    def png(self, draw):
+        """Call draw(axes), then render."""
+        draw(self.axes)
+        frame = [(ax.get_xlim(), ax.get_ylim(), len(ax.lines), len(ax.patches), ax.get_legend()) for ax in self.axes]
+        lines = [line for ax in self.axes for line in ax.lines]
+        if frame != self.drawn:
+            for line in lines:
+                line.set_animated(True)
+            self.canvas.draw()
+            self.background, self.drawn = self.canvas.copy_from_bbox(self.figure.bbox), frame
+        else:
+            self.canvas.restore_region(self.background)
+        for line in lines:
+            line.axes.draw_artist(line)
+        return self._encoded(compress_level=1)
+
+    def final(self, scale=2):
+        """The same picture once more, at twice the resolution: for the saved notebook."""
+        buffer = io.BytesIO()
+        for line in (line for ax in self.axes for line in ax.lines):
+            line.set_animated(False)
+        self.figure.savefig(buffer, format="png", dpi=scale * self.figure.dpi)
+        self.drawn = None
+        return buffer.getvalue()
+
+    def _encoded(self, compress_level):
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(buffer, "png", compress_level=compress_level)
+        return buffer.getvalue()
+
+
+class Panel(widgets.VBox):
+    """Controls, Run and Stop, a line that says what happens, and a picture.
+
+    `controls`: {name: widget}. `work(values, stop)` is a generator that does the work until it ends or the event
+    `stop` is set; each thing that it yields goes to `take(thing)`, which returns (share done or None, a line of
+    text). `draw(axes)` draws what has been taken in. With `follow`, moving a control while a run is on, or after
+    one, starts anew with the new value.
+
+    Where CNNLAB_UNATTENDED is set (tests, exports: nobody is there to press Run) showing the panel runs it to its end.
+    """
+
+    def __init__(self, controls, work, take, draw, picture, follow=True, hint="Press Run."):
+        self.controls, self.work, self.take, self.draw, self.picture = controls, work, take, draw, picture
+        self.lock, self.stop_event, self.thread, self.handle = threading.Lock(), threading.Event(), None, None
+        self.changed, self.started = threading.Event(), 0.0
+        self.run_button = widgets.Button(description="Run", icon="play", button_style="primary", layout={"width": "90px"})
+        self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True, layout={"width": "90px"})
+        self.bar = widgets.FloatProgress(min=0, max=1, layout={"width": "160px"})
+        self.status = widgets.HTML(hint)
+        self.image = widgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+        self.image.width = int(picture.figure.get_figwidth() * picture.figure.dpi)
+        self.image.value = picture.png(draw)
+        self.run_button.on_click(self.run)
+        self.stop_button.on_click(self.stop)
+        if follow:
+            for control in controls.values():
+                control.observe(lambda _: self.started and self.run(), "value")
+        for widget, name in ((self.run_button, "run"), (self.stop_button, "stop"), (self.status, "status"), (self.image, "picture")):
+            widget.add_class(f"cnnlab-{name}")
+        for name, control in controls.items():
+            control.add_class(f"cnnlab-{name.replace('_', '-')}")
+        top = widgets.HBox([self.run_button, self.stop_button, self.bar, self.status])
+        rows = widgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"})
+        super().__init__([rows, top, self.image])
+        self.add_class("cnnlab-panel")
+
+    @property
+    def values(self):
+        """{name: value} of the controls."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def run(self, _=None):
+        """Start, or start anew. Returns at once."""
+        with self.lock:
+            self.stop_event.set()
+            self.stop_event, self.started = threading.Event(), time.monotonic()
+            self.thread = threading.Thread(target=self._supervise, args=(self.values, self.stop_event, self.thread), daemon=True)
+            self.thread.start()
+
+    def stop(self, _=None):
+        """Stop what is running. Returns at once; the processes are gone within a fraction of a second."""
+        self.stop_event.set()
+
+    def wait(self):
+        """Block until the run is over: for scripts and tests."""
+        if self.thread:
+            self.thread.join()
+
+    def _supervise(self, values, stop, before):
+        if before:
+            before.join()
+        if stop.is_set():
+            return
+        self.run_button.disabled, self.stop_button.disabled, self.bar.bar_style = True, False, ""
+        over = threading.Event()
+        drawer = threading.Thread(target=self._keep_drawing, args=(over,), daemon=True)
+        drawer.start()
+        last = "Stopped."
+        try:
+            self._say(0.0, "starting ...")
+            for thing in self.work(values, stop):
+                share, line = self.take(thing)
+                self._say(share, line)
+                last = line
+                self.changed.set()
+            self.bar.bar_style = "" if stop.is_set() else "success"
+            last = "Stopped. " + last if stop.is_set() else last
+        except Refused as error:
+            last, self.bar.bar_style = f"<b>This cannot run:</b> {_escaped(error)}", "warning"
+        except launch.RankError as error:
+            last, self.bar.bar_style = f"<b>Rank {error.rank} failed:</b> {_escaped(error.error)}<pre>{_escaped(error.traceback)}</pre>", "danger"
+        except Exception:      # nobody would ever see what a thread raises
+            last, self.bar.bar_style = f"<b>The panel failed:</b><pre>{_escaped(traceback.format_exc())}</pre>", "danger"
+        over.set()
+        drawer.join()
+        self.status.value = last
+        self.run_button.disabled, self.stop_button.disabled = False, True
+        self._keep()
+
+    def _say(self, share, line):
+        """Progress, at most as often as the picture: a browser cannot take more."""
+        now = time.monotonic()
+        if share in (0.0, None) or share >= 1 or now - getattr(self, "said", 0) > REDRAW_EVERY:
+            self.said = now
+            self.status.value = line
+            if share is not None:
+                self.bar.value = share
+
+    def _keep_drawing(self, over):
+        while not over.wait(REDRAW_EVERY):
+            if self.changed.is_set():
+                self.changed.clear()
+                self.image.value = self.picture.png(self.draw)
+
+    def _keep(self):
+        """Leave the last picture in the notebook as a plain image, for pages that cannot run widgets."""
+        self.picture.png(self.draw)
+        self.image.value = self.picture.final()
+        if self.handle:
+            publish_display_data(self._bundle(), self._metadata(), transient={"display_id": self.handle}, update=True)
+
+    def _bundle(self):
+        return {**super()._repr_mimebundle_(), "image/png": base64.b64encode(self.image.value).decode()}
+
+    def _metadata(self):
+        return {"image/png": {"width": self.image.width}}
+
+    def _ipython_display_(self):
+        if os.environ.get("CNNLAB_UNATTENDED"):
+            self.run()
+            self.wait()
+        else:
+            launch.prewarm()
+        self.handle = self.handle or f"cnnlab-{id(self)}"
+        publish_display_data(self._bundle(), self._metadata(), transient={"display_id": self.handle})
+
+
+class Training(Panel):
+    """A panel that trains `base` with some fields changed by controls, and draws loss and accuracy live.
+
+    `vary`: {field of the recipe: its values}, a slider each. `.recipe` is what Run would train now; `.runs`, the
+    events of the runs so far, by label.
+    """
+
+    def __init__(self, base, vary, draw=(plot.loss, plot.accuracy), **options):
+        self.base, self.runs, self.events = base, {}, []
+        sliders = {name: widgets.SelectionSlider(options=values, value=getattr(base, name) if getattr(base, name) in values else values[0],
+                                                 description=name, continuous_update=False, style={"description_width": "initial"},
+                                                 layout={"width": "320px"})
+                   for name, values in vary.items()}
+        super().__init__(sliders, self._work, self._take, lambda axes: [one(ax, self.runs) for one, ax in zip(draw, axes)],
+                         Picture(len(draw)), **options)
+
+    @property
+    def recipe(self):
+        return self.base.but(**self.values)
+
+    def _work(self, values, stop):
+        recipe = self.base.but(**values)
+        label = ", ".join(f"{name}={value}" for name, value in values.items()) or legend(self.base, recipe)
+        runs = {name: events for name, events in self.runs.items() if name != label}
+        self.events = []
+        self.runs = {**dict(list(runs.items())[-EARLIER_RUNS:]), label: self.events}
+        self.picture.drawn = None
+        for ax in self.picture.axes:
+            ax.clear()
+            ax.set_xlabel("")
+        yield from launch.run(recipe, stop)
+
+    def _take(self, event):
+        self.events.append(event)
+        started = next((e for e in self.events if isinstance(e, Started)), None)
+        if isinstance(event, Progress):
+            text = f"step {event.step} of {started.steps}, epoch {event.epoch}: loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s"
+            return event.step / started.steps, text
+        if isinstance(event, Finished):
+            held_out = "" if event.accuracy is None else f", held-out accuracy {100 * event.accuracy:.1f}%"
+            return 1.0, f"{event.images:,} images in {event.seconds:.1f} s: {event.images_per_s:,.0f} images/s{held_out}"
+        return None, self.status.value
+
+
+class Ladder(Panel):
+    """A panel that climbs the ladder: choose the rungs, press Run, and the bars grow.
+
+    `.rungs` are those measured so far, as JSON has them; `prediction()` gives the learner's guess of the best
+    speedup, or None; `recorded` is another machine's ladder.
+    """
+
+    def __init__(self, base, repeats=3, prediction=lambda: None, recorded=None):
+        self.base, self.repeats, self.rungs, self.running = base, repeats, [], None
+        self.possible, self.impossible = techniques(machine.describe())
+        boxes = {name: widgets.Checkbox(value=True, description=name, indent=False, layout={"width": "190px"}) for name in self.possible}
+        steps = widgets.IntSlider(value=repeats, min=2, max=10, description="repeats", continuous_update=False)
+        draw = lambda axes: (axes[0].clear(), plot.ladder(axes[0], self.rungs, prediction(), recorded, self.running))
+        picture = Picture(1, (8.0, 4.2))
+        picture.figure.subplots_adjust(left=0.2, bottom=0.13, top=0.97)
+        super().__init__({**boxes, "repeats": steps}, self._work, self._take, draw, picture, follow=False,
+                         hint="Choose rungs, then press Run. " + _escaped("; ".join(f"no {name}" for name in self.impossible)))
+
+    def _work(self, values, stop):
+        self.rungs = []
+        chosen = {name: change for name, change in self.possible.items() if values[name]}
+        self.total, self.done = len(chosen), 0
+        yield from climb_ladder(self.base, chosen, values["repeats"], stop)
+
+    def _take(self, rung):
+        self.running = rung.name if rung.kept is None else None
+        if rung.measurement.images_per_s:
+            others = [other for other in self.rungs if other["name"] != rung.name]
+            at = next((i for i, other in enumerate(self.rungs) if other["name"] == rung.name), len(others))
+            self.rungs = [*others[:at], rung.to_dict(), *others[at:]]
+        self.done += rung.kept is not None and rung.name != "baseline"
+        return self.done / max(1, self.total), f"{rung.name}: {len(rung.measurement.images_per_s)} runs measured"
+
+
+class Prediction(widgets.VBox):
+    """A question to answer with a number before measuring. `.value` is None until the learner commits to it."""
+
+    def __init__(self, question, unit="x", least=0.0, most=1000.0):
+        self.value = None
+        self.box = widgets.BoundedFloatText(value=least, min=least, max=most, step=0.1, layout={"width": "110px"})
+        self.button = widgets.Button(description="This is my guess", button_style="info")
+        self.said = widgets.HTML()
+        self.unit = unit
+        self.button.on_click(self.commit)
+        super().__init__([widgets.HTML(f"<b>Predict:</b> {question}"), widgets.HBox([self.box, widgets.Label(unit), self.button, self.said])])
+        self.add_class("cnnlab-prediction")
+
+    def commit(self, _=None):
+        """Fix the guess: a prediction that can be changed afterwards is none."""
+        self.value = self.box.value
+        self.box.disabled = self.button.disabled = True
+        self.said.value = f"Your prediction: <b>{self.value:g} {self.unit}</b>"
+
+
+def _escaped(text):
+    import html
+    return html.escape(str(text))

@@ -1,0 +1,232 @@
+"""Pictures of runs: pure `draw(ax, data)` functions, the same for live, recorded and tested plots.
+
+The curves can be drawn again on the same axes with more data: a line that is there already only gets new points.
+"""
+
+import numpy as np
+
+from .events import Evaluated, Finished, Progress
+from .scaling import amdahl
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")    # Okabe and Ito: told apart by everyone
+LOST, RECORDED, PREDICTED = "#BBBBBB", "#888888", "#000000"
+
+
+def loss(ax, runs):
+    """Training loss of each step, mean over the ranks, against images seen. `runs`: {label: its events so far}."""
+    for number, (label, events) in enumerate(runs.items()):
+        images, losses = losses_of(events)
+        colour = COLOURS[number % len(COLOURS)]
+        _curve(ax, f"{number} raw", images, losses, color=colour, alpha=0.3, linewidth=0.8)
+        _curve(ax, f"{number} mean", images, _running_mean(losses), color=colour, linewidth=1.8, label=label)
+    _frame(ax, "training loss (cross-entropy)", "training images seen", runs)
+    highest = max((max(losses_of(events)[1], default=0) for events in runs.values()), default=0)
+    ax.set_ylim(0, 2.5 if highest < 2.5 else min(2.0 ** np.ceil(np.log2(highest)), 64) if np.isfinite(highest) else 64)
+
+
+def accuracy(ax, runs):
+    """Accuracy against images seen: held-out images as points, training images, as they came, as a faint line."""
+    for number, (label, events) in enumerate(runs.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        shown = [event for event in events if event.rank == 0]
+        progress = [event for event in shown if isinstance(event, Progress)]
+        held_out = [event for event in shown if isinstance(event, Evaluated)]
+        batch = _recipe(shown).batch_size if shown else 1
+        _curve(ax, f"{number} train", [e.images for e in progress], [100 * e.accuracy for e in progress], color=colour, alpha=0.35, linewidth=1)
+        _curve(ax, f"{number} test", [e.step * batch for e in held_out], [100 * e.accuracy for e in held_out], color=colour,
+               marker="o", markersize=4, linewidth=1.5, label=label)
+    _frame(ax, "accuracy (%): held out (points), training (faint)", "training images seen", runs)
+    ax.set_ylim(0, 102)
+
+
+def throughput(ax, runs):
+    """Images/s, all ranks together, against seconds of training; the warm-up left out."""
+    highest = 1.0
+    for number, (label, events) in enumerate(runs.items()):
+        progress = [e for e in events if isinstance(e, Progress) and e.rank == 0 and not e.warming_up]
+        rates = [e.images_per_s for e in progress]
+        _curve(ax, f"{number}", [e.seconds for e in progress], rates, color=COLOURS[number % len(COLOURS)], linewidth=1.5, label=label)
+        highest = max([highest, *rates])
+    _frame(ax, "images/s", "seconds of training", runs)
+    ax.set_ylim(0, _round_up(1.1 * highest))
+
+
+def where_time_goes(ax, runs):
+    """Milliseconds a step of each finished run: waiting for the loader, and the rest. `runs`: {label: events}."""
+    ends = {label: next((e for e in events if isinstance(e, Finished)), None) for label, events in runs.items()}
+    ends = {label: end for label, end in ends.items() if end}
+    rows = range(len(ends))
+    compute, waiting = ([1000 * getattr(end, part) for end in ends.values()] for part in ("compute_s", "waiting_s"))
+    ax.barh(rows, compute, color=COLOURS[0], label="compute")
+    ax.barh(rows, waiting, left=compute, color=COLOURS[1], label="waiting for data")
+    ax.set_yticks(rows, ends)
+    ax.invert_yaxis()
+    ax.set_xlabel("milliseconds a step")
+    ax.legend(frameon=False)
+    _plain(ax)
+
+
+def speedups(ax, measurements, prediction=None, caveat=None):
+    """Images/s of each `Measurement` with its quartiles; speedups over the first. `prediction`: of the last's speedup.
+
+    `caveat`: what else differs, as `compare.unfair` says; it is written on the plot.
+    """
+    names = list(measurements)
+    quartiles = [measurements[name].quartiles for name in names]
+    medians = [median for _, median, _ in quartiles]
+    errors = [[median - q1 for q1, median, _ in quartiles], [q3 - median for _, median, q3 in quartiles]]
+    ax.barh(names, medians, xerr=errors, color=[COLOURS[i % len(COLOURS)] for i in range(len(names))], capsize=3, height=0.6)
+    for row, median in enumerate(medians):
+        ax.annotate(f"{median:,.0f}" + (f"  ({median / medians[0]:.2f}x)" if row else ""), (median, row), (8, 10), textcoords="offset points", fontsize=9)
+    if prediction:
+        ax.plot([prediction * medians[0]] * 2, [len(names) - 1.4, len(names) - 0.6], color=PREDICTED, linestyle=":", linewidth=2, label="your prediction")
+        ax.legend(frameon=False, loc="lower right")
+    ax.invert_yaxis()
+    ax.margins(x=0.25)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("images/s: median, quartiles")
+    if caveat:
+        ax.set_title("not the same work: " + ", ".join(f"{name} {values}" for name, values in caveat.items()), color=COLOURS[1], fontsize=9)
+    _plain(ax)
+
+
+def ladder(ax, rungs, prediction=None, recorded=None, running=None):
+    """The ladder so far: a bar a rung, speedup over the naive baseline with its 95% confidence interval.
+
+    `rungs`: rungs as JSON has them (`Rung.to_dict`), from the ground up; those that lost are grey. `prediction`:
+    of the best rung's speedup. `recorded`: {"machine": {"name": ...}, "rungs": [...]} of another machine, drawn as
+    diamonds beside the rungs of the same name. `running`: name of the rung being measured.
+    """
+    names = [rung["name"] for rung in rungs] + ([running] if running and running not in [rung["name"] for rung in rungs] else [])
+    others = {rung["name"]: rung["speedup"] for rung in recorded["rungs"]} if recorded else {}
+    names += [name for name in others if name not in names]
+    for row, rung in enumerate(rungs):
+        low, high = rung["speedup_ci"]
+        value = rung["speedup"]
+        colour = LOST if rung["kept"] is False else COLOURS[5] if rung["kept"] is None else COLOURS[0]
+        ax.barh(row, value, color=colour, height=0.6, hatch="//" if rung["kept"] is False else None, edgecolor="white")
+        if 0 < low < high < float("inf"):
+            ax.errorbar(value, row, xerr=[[value - low], [high - value]], color="black", capsize=3, linewidth=1)
+        verdict = {True: "", False: "  does not pay: left out", None: "  ..."}[rung["kept"]]
+        end = max(value, high if high < float("inf") else value)
+        ax.annotate(f"{value:.2f}x{verdict}", (end, row), (6, 0), textcoords="offset points", va="center", fontsize=9)
+    if others:
+        points = [(value, names.index(name)) for name, value in others.items()]
+        ax.plot(*zip(*points), "D", color=RECORDED, markersize=5, markerfacecolor="none", label=f"recorded: {recorded['machine']['name']}, {recorded['machine']['cores']} cores")
+    if prediction:
+        ax.axvline(prediction, color=PREDICTED, linestyle=":", linewidth=2, label=f"your prediction: {prediction:g}x")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(max(len(names), 4) - 0.4, -0.6)
+    widest = max([2.0, *(min(rung["speedup_ci"][1], 2 * rung["speedup"]) for rung in rungs), *others.values(), prediction or 0])
+    ax.set_xlim(0, 1.45 * widest)
+    ax.set_xlabel("speedup over the naive baseline (bars: 95% confidence)")
+    if others or prediction:
+        ax.legend(frameon=False, loc="lower right", fontsize=9)
+    _plain(ax)
+
+
+def roofline(ax, peaks, points=None, precision="fp32"):
+    """The roofline of Williams, Waterman and Patterson (2009): attainable FLOP/s against FLOP per byte moved.
+
+    `peaks`: as `machine.peaks` measures them; `points`: {name: (FLOP per byte, FLOP/s)}.
+    """
+    intensity = np.logspace(-1, 4, 200)
+    shown = [name for name in peaks if name != "copy"]
+    for number, name in enumerate(shown):
+        style = dict(color=COLOURS[number], linewidth=2 if name == precision else 1, alpha=1 if name == precision else 0.6)
+        ax.loglog(intensity, np.minimum(peaks["copy"] * intensity, peaks[name]) / 1e9, label=f"{name} peak {peaks[name] / 1e9:,.0f} GFLOP/s", **style)
+    for number, (name, (x, y)) in enumerate((points or {}).items()):
+        ax.plot(x, y / 1e9, "o", color=COLOURS[(number + 1) % len(COLOURS)], markersize=7)
+        ax.annotate(name, (x, y / 1e9), (5, 6 if number % 2 else -12), textcoords="offset points", fontsize=9)
+    ax.set_xlabel("arithmetic intensity (FLOP per byte moved)")
+    ax.set_ylabel("GFLOP/s")
+    ax.set_title(f"memory: {peaks['copy'] / 1e9:.0f} GB/s copied", fontsize=10)
+    ax.legend(frameon=False, fontsize=9, loc="lower right")
+    _plain(ax)
+
+
+def scaling(ax, workers, measured, serial=None, prediction=None):
+    """Speedup against workers: measured points beside the ideal line, and Amdahl's curve for a serial share.
+
+    `measured`: a `Speedup` for each entry of `workers`. `prediction`: {workers: speedup}, made before.
+    """
+    n = np.linspace(1, max(workers), 50)
+    ax.plot(n, n, "--", color=LOST, label="ideal")
+    if serial is not None:
+        ax.plot(n, amdahl(n, serial), color=COLOURS[1], label=f"Amdahl, {100 * serial:.0f}% serial")
+    values = [speedup.value for speedup in measured]
+    spread = [[max(0, s.value - s.low) for s in measured], [min(s.high, 2 * s.value) - s.value for s in measured]]
+    ax.errorbar(workers, values, yerr=spread, fmt="o", color=COLOURS[0], capsize=3, label="measured (95% confidence)")
+    if prediction:
+        ax.plot(list(prediction), list(prediction.values()), "x", color=PREDICTED, markersize=9, label="your prediction")
+    ax.set_xticks(workers)
+    ax.set_xlabel("workers")
+    ax.set_ylabel(f"speedup over {measured[0].baseline}")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False)
+    _plain(ax)
+
+
+def losses_of(events):
+    """(images seen, loss) of every step: the mean over the ranks, as far as all ranks have reported."""
+    ranks = {}
+    for event in events:
+        if isinstance(event, Progress):
+            ranks.setdefault(event.rank, []).extend(event.losses)
+    if not ranks:
+        return [], []
+    batch, done = _recipe(events).batch_size, min(map(len, ranks.values()))
+    losses = np.mean([losses[:done] for losses in ranks.values()], axis=0)
+    return batch * np.arange(1, done + 1), losses
+
+
+def _recipe(events):
+    return next(event.recipe for event in events if hasattr(event, "recipe"))
+
+
+def _running_mean(values, window=10):
+    """Mean over the last `window` values; over fewer at the start."""
+    values = np.asarray(values, float)
+    if not len(values):
+        return values
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _curve(ax, gid, x, y, **style):
+    """The line of that id, with new points; made when it is not there yet."""
+    line = next((line for line in ax.lines if line.get_gid() == gid), None)
+    if line is None:
+        line, = ax.plot([], [], gid=gid, **style)
+    line.set_data(x, y)
+    if "label" in style:
+        line.set_label(style["label"])
+
+
+def _frame(ax, title, xlabel, runs):
+    """Limits that seldom change, so that a live picture need not be drawn anew: x ends where the longest run will."""
+    ends = [last for line in ax.lines if len(line.get_xdata()) for last in [line.get_xdata()[-1]]]
+    totals = [event.steps * event.recipe.batch_size for events in runs.values() for event in events if hasattr(event, "recipe")]
+    ax.set_xlim(0, max(totals, default=1) if "images" in xlabel else _round_up(max(ends, default=1)))
+    if ax.get_xlabel() != xlabel:
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.set_xlabel(xlabel)
+        _plain(ax)
+    labels = list(runs)
+    legend = ax.get_legend()
+    if len(labels) > 1 and (legend is None or [text.get_text() for text in legend.get_texts()] != labels):
+        ax.legend(frameon=False, fontsize=8, loc="best" if "loss" in title else "lower right")
+
+
+def _round_up(value):
+    """The next of 1, 1.5, 2, 3, 5, 7, 10 times a power of ten: limits that stay put while data grow."""
+    power = 10.0 ** np.floor(np.log10(max(value, 1e-9)))
+    return next(step * power for step in (1, 1.5, 2, 3, 5, 7, 10) if step * power >= value * (1 - 1e-9))
+
+
+def _plain(ax):
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    ax.set_axisbelow(True)
