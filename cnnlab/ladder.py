@@ -2,10 +2,14 @@
 
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 
+from . import machine as machine_of
+from . import record
 from .compare import Measurement, Speedup, measure, speedup
-from .recipe import Recipe
+from .recipe import changes
 
 AGAIN = "again: "     # in the name of a rung that lost once and gets a second chance, on a different footing
 
@@ -63,16 +67,17 @@ def ground(recipe):
                       compiler="eager", replicas=1)
 
 
-def climb(recipe, rungs, repeats=5, stop=None):
+def climb(recipe, rungs, repeats=5, seconds=4.0, stop=None):
     """Try each of `rungs` ({name: changes}) on top of what was kept, and yield each `Rung` anew after every run of it.
 
-    The rung below and the candidate run in turn, `repeats` times each; the baseline runs once more beside each
-    rung, so that its figure covers the whole climb. A rung is kept when it beats the one below significantly.
+    The rung below and the candidate run in turn, `repeats` times each, or up to three times as often where that fits
+    into `seconds`; the baseline runs once more beside each rung, so that its figure covers the whole climb. A rung
+    is kept when it beats the one below significantly.
     """
     cache = tempfile.mkdtemp(prefix="cnnlab-compiled-")     # empty: compile times are those of a first time
     options = dict(stop=stop, env={"TORCHINDUCTOR_CACHE_DIR": cache})
     baseline = below = Rung(name="baseline", measurement=Measurement(name="baseline", recipe=ground(recipe)), kept=True)
-    lost = set()
+    lost, took = set(), None
     try:
         yield baseline
         if not rungs:
@@ -83,14 +88,14 @@ def climb(recipe, rungs, repeats=5, stop=None):
             candidate = below.recipe.but(**change)
             if candidate == below.recipe or name.startswith(AGAIN) and name.removeprefix(AGAIN) not in lost:
                 continue
-            rung = Rung(name=name, measurement=Measurement(name=name, recipe=candidate))
+            rung, began = Rung(name=name, measurement=Measurement(name=name, recipe=candidate)), time.monotonic()
             yield rung
             if below.name != "baseline":
                 for found in measure({"baseline": baseline.recipe}, 1, **options):
                     baseline = _judged(replace(baseline, measurement=_more(baseline.measurement, found["baseline"])), None, None)
                     yield baseline
-            pair = {}
-            for pair in measure({below.name: below.recipe, name: candidate}, repeats, **options):
+            pair, often = {}, max(repeats, min(3 * repeats, int(seconds / (2 * took))) if took else 0)
+            for pair in measure({below.name: below.recipe, name: candidate}, often, **options):
                 if below.name == "baseline":
                     baseline = below = _judged(replace(below, measurement=pair["baseline"]), None, None)
                     yield baseline
@@ -100,11 +105,23 @@ def climb(recipe, rungs, repeats=5, stop=None):
             if stop is not None and stop.is_set():
                 return
             rung = replace(rung, kept=rung.over_below.low > 1)
+            took = (time.monotonic() - began) / (2 * often)      # a run, as a guide for the next rung's repeats
             yield rung
             lost = lost if rung.kept else lost | {name}
             below = rung if rung.kept else below
     finally:
         shutil.rmtree(cache, ignore_errors=True)
+
+
+def result(rungs, impossible):
+    """A finished climb as JSON-safe values: the rungs, what could not be tried, the best recipe, and what ran where."""
+    rungs = [rung for rung in rungs if rung.kept is not None]
+    best = [rung for rung in rungs if rung.kept][-1]
+    machine = machine_of.describe()
+    return {"rungs": [rung.to_dict() for rung in rungs], "best": best.name, "impossible": impossible,
+            "best_recipe": {name: new for name, (_, new) in changes(rungs[0].recipe, best.recipe).items()},
+            "recipe": rungs[0].recipe.to_dict(), "machine": machine.to_dict(), "versions": machine.versions, "commit": record.commit(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def _judged(rung, baseline, below):

@@ -263,7 +263,7 @@ class Ladder(Panel):
         self.rungs = []
         chosen = {name: change for name, change in self.possible.items() if values[name]}
         self.total, self.done = len(chosen), 0
-        yield from climb_ladder(self.base, chosen, values["repeats"], stop)
+        yield from climb_ladder(self.base, chosen, values["repeats"], stop=stop)
 
     def _take(self, rung):
         self.running = rung.name if rung.kept is None else None

@@ -100,6 +100,18 @@ def write_json(path, value):
         _line(file, path, value, indent=1)
 
 
+def check_writable(path):
+    """Raise `Refused` now if `path` cannot be written, rather than after the work."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(path.name + ".part"), "w") as file:
+            file.write(" " * 65536)             # a full disk refuses the bytes, not the name
+        path.with_name(path.name + ".part").unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
 def commit():
     """The git commit of this code, '+changes' behind it where it was edited; None where it is not a checkout."""
     folder = Path(__file__).parent

@@ -1,0 +1,219 @@
+"""The command line: `python -m cnnlab doctor | train | ladder | replay`."""
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from .recipe import CHOICES, Recipe, Refused
+
+QUICK = {"batch_size": 64, "steps": 3, "warmup_steps": 1}
+FULL = {"batch_size": 128, "steps": 22, "warmup_steps": 2}
+
+
+def main(words=None):
+    """Run one command. Returns the exit code: 0; 1 when a run failed; 2 when what was asked for cannot be done."""
+    options = parser().parse_args(words)
+    try:
+        return options.command(options) or 0
+    except Refused as error:
+        print(f"cnnlab: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        from .launch import RankError
+        if not isinstance(error, RankError):
+            raise
+        print(f"cnnlab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cnnlab: interrupted; the processes were stopped.", file=sys.stderr)
+        return 130
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="python -m cnnlab", description="Train one CNN, measure it honestly, make it faster.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor_ = commands.add_parser("doctor", help="what this machine can do, what it lacks and why")
+    doctor_.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON too")
+    doctor_.set_defaults(command=doctor)
+
+    train_ = commands.add_parser("train", help="train a recipe")
+    train_.add_argument("file", nargs="?", type=Path, metavar="RECIPE.json", help="a recipe; options below change it")
+    train_.add_argument("--record", type=Path, metavar="DIR", help="save the run in this folder")
+    _recipe_options(train_, [field.name for field in fields(Recipe)])
+    train_.set_defaults(command=train)
+
+    ladder_ = commands.add_parser("ladder", help="try every technique, keep those that pay, name the best recipe")
+    ladder_.add_argument("--quick", action="store_true", help="few steps and repeats: about a minute, wider intervals")
+    ladder_.add_argument("--repeats", type=int, metavar="N", help="runs of each rung (default: 3 quick, else 5)")
+    ladder_.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    ladder_.add_argument("--png", type=Path, metavar="FILE", help="draw the result")
+    ladder_.add_argument("--record", type=Path, metavar="DIR", help="save a run of the best recipe, and the ladder, in this folder")
+    _recipe_options(ladder_, ["model", "width", "data", "images", "image_size", "classes", "batch_size", "steps", "seed"])
+    ladder_.set_defaults(command=ladder)
+
+    replay_ = commands.add_parser("replay", help="show a recorded run")
+    replay_.add_argument("file", type=Path, metavar="RECORD.jsonl")
+    replay_.set_defaults(command=replay)
+    return top
+
+
+def doctor(options):
+    from . import machine, record
+
+    print("measuring ...", end="\r", file=sys.stderr)
+    found, peaks = machine.describe(), machine.peaks()
+    rows = {"processor": found.name, "system": found.system, "cores": found.cores, "memory": f"{found.memory_gib} GiB",
+            "vector and matrix units": ", ".join(found.units) or "none known", "GPUs": ", ".join(found.gpus) or "none",
+            "C++ compiler": found.compiler or "none", **found.versions,
+            **{f"peak {name}": f"{value / 1e9:,.0f} GFLOP/s measured" for name, value in peaks.items() if name != "copy"},
+            "copy bandwidth": f"{peaks['copy'] / 1e9:.1f} GB/s measured (reads and writes)"}
+    for name, value in rows.items():
+        print(f"{name:24} {value}")
+    for name, reason in found.missing.items():
+        print(f"missing: {name:15} {reason}")
+    if options.json:
+        record.write_json(options.json, {"machine": found.to_dict(), "versions": found.versions, "peaks": peaks})
+
+
+def train(options):
+    from . import machine, record
+    from .launch import run
+
+    recipe = _recipe(options, _read_recipe(options.file) if options.file else {})
+    events = run(recipe)
+    if options.record:
+        events = record.save(_record_path(options.record, recipe), events, machine.describe().to_dict())
+    _show(events)
+
+
+def ladder(options):
+    from tqdm.auto import tqdm
+
+    from . import record
+    from .ladder import climb, result, techniques
+    from .machine import describe
+
+    recipe = _recipe(options, {"model": "ResNet9", "learning_rate": 0.001, **(QUICK if options.quick else FULL)})
+    if options.repeats is not None and options.repeats < 2:
+        raise Refused(f"--repeats {options.repeats} is not allowed: a spread needs at least 2 runs.")
+    repeats = options.repeats or (3 if options.quick else 5)
+    for path in filter(None, (options.json, options.png, options.record and options.record / "ladder.json")):
+        record.check_writable(path)         # before the work, not after it
+    rungs, impossible = techniques(describe())
+    found = {}
+    with tqdm(total=len(rungs), unit="rung", file=sys.stderr) as bar:
+        for rung in climb(recipe, rungs, repeats):
+            bar.set_description(f"{rung.name}, run {len(rung.measurement.images_per_s) + 1}")
+            found[rung.name] = rung
+            if rung.kept is not None and rung.name != "baseline":
+                bar.write(_line(rung), file=sys.stdout)
+                bar.update()
+    for name, reason in impossible.items():
+        print(f"{name:24} not tried: {reason}")
+    outcome = result(found.values(), impossible)
+    best = next(rung for rung in outcome["rungs"] if rung["name"] == outcome["best"])
+    print(f"\nbest here: {outcome['best']}, {best['speedup']:.2f} times the naive baseline: {outcome['best_recipe']}")
+    if options.json:
+        record.write_json(options.json, outcome)
+    if options.png:
+        _draw(outcome, options.png)
+    if options.record:
+        from .launch import run
+        record.write_json(options.record / "ladder.json", outcome)
+        best_recipe = Recipe.from_dict(best["recipe"])
+        for _ in record.save(_record_path(options.record, best_recipe), run(best_recipe), describe().to_dict()):
+            pass
+
+
+def replay(options):
+    from . import record
+
+    loaded = record.load(options.file)
+    print(f"recorded {loaded.date} on {loaded.machine['name']}, {loaded.machine['cores']} cores, torch {loaded.versions['torch']}, commit {loaded.commit}")
+    _show(iter(loaded.events))
+    if loaded.truncated:
+        print(f"cnnlab: the record is truncated: {loaded.truncated}.", file=sys.stderr)
+
+
+def _show(events):
+    """Print a run: a bar while it trains, a line at each evaluation and at the end."""
+    from tqdm.auto import tqdm
+
+    from .events import Evaluated, Finished, Progress, Started
+
+    with tqdm(unit="step", file=sys.stderr) as bar:
+        for event in events:
+            if event.rank:
+                continue
+            if isinstance(event, Started):
+                bar.reset(event.steps)
+                bar.write(f"{event.recipe.model}, {event.parameters:,} parameters; {event.train_images:,} images to train on, "
+                          f"{event.test_images:,} held out; {event.world} rank{'s' * (event.world > 1)}", file=sys.stdout)
+            elif isinstance(event, Progress):
+                bar.update(event.step - bar.n)
+                bar.set_postfix_str(f"loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s")
+            elif isinstance(event, Evaluated):
+                bar.write(f"epoch {event.epoch:3}: held-out accuracy {100 * event.accuracy:.1f}%, loss {event.loss:.3f}", file=sys.stdout)
+            elif isinstance(event, Finished):
+                bar.write(f"{event.images:,} images in {event.seconds:.1f} s, of which {event.warmup_s:.1f} s warm-up; then {event.images_per_s:,.0f} images/s "
+                          f"({1000 * event.waiting_s:.1f} of {1000 * event.step_s:.1f} ms a step waiting for data); "
+                          f"peak memory {event.peak_memory_mib:,.0f} MiB", file=sys.stdout)
+
+
+def _line(rung):
+    verdict = "kept" if rung.kept else "does not pay, left out"
+    return f"{rung.name:24} {rung.measurement.quartiles[1]:10,.0f} images/s  {rung.over_baseline.value:5.2f}x baseline  {verdict}: {rung.over_below}"
+
+
+def _draw(outcome, path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from . import plot
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    plot.ladder(figure.subplots(), outcome["rungs"])
+    figure.suptitle(f"{outcome['recipe']['model']} on {outcome['machine']['name']}, {outcome['machine']['cores']} cores, torch {outcome['versions']['torch']}", fontsize=10)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _recipe_options(parser, names):
+    """An option for each field of a recipe, such as --batch-size."""
+    group = parser.add_argument_group("the recipe")
+    types = {int: int, float: float, str: str, bool: lambda text: {"true": True, "false": False}.get(text.lower(), text)}
+    for field in fields(Recipe):
+        if field.name in names:
+            default = "the model's own or all" if field.default is None else field.default
+            kind = int if field.default is None else types[type(field.default)]
+            group.add_argument("--" + field.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
+                               metavar="|".join(CHOICES.get(field.name, [field.name.upper()])), help=f"default: {default}")
+
+
+def _recipe(options, values):
+    """The recipe of `values`, changed by what was given on the command line."""
+    given = {field.name: getattr(options, field.name) for field in fields(Recipe) if hasattr(options, field.name)}
+    return Recipe.from_dict({**values, **given})
+
+
+def _read_recipe(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused(f"the recipe {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise Refused(f"the recipe {path} is no JSON: {error}.") from None
+
+
+def _record_path(folder, recipe):
+    """A name that no earlier run has."""
+    stem = f"{recipe.model}-{recipe.data}-{recipe.precision}-{recipe.replicas}"
+    number = next(n for n in range(1, 1_000_000) if not (folder / f"{stem}-{n}.jsonl").exists())
+    return folder / f"{stem}-{number}.jsonl"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
