@@ -93,6 +93,11 @@ def replay(path, tempo=None):
         yield event
 
 
+def recorded_ladders(folder=Path(__file__).parent.parent / "notebooks" / "recorded"):
+    """The ladders of other machines that ship with the lessons: {name: what `cnnlab ladder --json` wrote there}."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("ladder-*.json"))}
+
+
 def write_json(path, value):
     """Write `value` as JSON to `path` in one step: the old file stays whole until the new one is."""
     path = Path(path)
