@@ -1,5 +1,7 @@
 """Exercise checkers: each compares the learner's answer with a spec, and prints what was expected and what was got."""
 
+import math
+
 import torch
 
 
@@ -39,7 +41,7 @@ def _agree(expected, got):
         if isinstance(expected, torch.Tensor):
             return expected.shape == got.shape and torch.allclose(expected, got.to(expected.dtype), rtol=1e-3, atol=1e-4)
         if isinstance(expected, float):
-            return abs(float(got) - expected) <= 1e-3 * max(1.0, abs(expected))
+            return math.isclose(float(got), expected, rel_tol=1e-3, abs_tol=1e-6)
         return bool(expected == got)
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return False

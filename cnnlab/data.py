@@ -4,6 +4,7 @@ import gzip
 import os
 import shutil
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ MIRRORS = {  # tried in order; a folder of your own goes first, in the variable 
     "cifar10": ("https://www.cs.toronto.edu/~kriz/",
                 "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"),
 }
+UNREADABLE = (OSError, EOFError, ValueError, LookupError, zlib.error, tarfile.TarError)     # what damaged files raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +48,17 @@ class Images:
 
 
 def load(recipe):
-    """The recipe's `Images`. Raises `Refused` when they cannot be had, or are fewer than one batch."""
+    """The recipe's `Images`. Raises `Refused` when they cannot be had, or are too few for the recipe."""
     loaders = {"digits": digits, "fashion-mnist": fashion_mnist, "cifar10": cifar10, "synthetic": None}
     loader = loaders[recipe.data]
     images = loader() if loader else synthetic(recipe.images, recipe.image_size, recipe.classes, recipe.seed)
+    steps = recipe.steps or recipe.epochs * (len(images.train) // recipe.batch_size)
     if recipe.batch_size > len(images.train):
         raise Refused(f"batch_size={recipe.batch_size} is larger than the data: {recipe.data} has {len(images.train)} "
                       f"training images. Take a batch of at most {len(images.train)}.")
+    if steps <= recipe.warmup_steps:
+        raise Refused(f"epochs={recipe.epochs} of batch_size={recipe.batch_size} make {steps} steps, which leaves nothing to time after "
+                      f"warmup_steps={recipe.warmup_steps}: raise epochs or lower warmup_steps.")
     return images
 
 
@@ -77,7 +83,7 @@ def fashion_mnist():
         try:
             with gzip.open(path) as file:
                 arrays.append(torch.from_numpy(_idx(file.read()).copy()))
-        except (OSError, ValueError, EOFError) as error:
+        except UNREADABLE as error:
             raise _unreadable(path, error) from None
     train, train_labels, test, test_labels = arrays
     pad = torch.nn.ConstantPad2d(2, 0)
@@ -90,13 +96,13 @@ def cifar10():
     names = [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"]
     rows = {}
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, "r:gz") as archive:
             for member in archive:
                 if Path(member.name).name in names:
                     raw = np.frombuffer(archive.extractfile(member).read(), np.uint8)
                     rows[Path(member.name).name] = raw.reshape(-1, 1 + 3 * 32 * 32)   # one label, then the pixels
         train, test = np.concatenate([rows[name] for name in names[:5]]), rows[names[5]]
-    except (OSError, ValueError, KeyError, EOFError, tarfile.TarError) as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from None
     split = lambda rows: (torch.tensor(rows[:, 1:].reshape(-1, 3, 32, 32)).float(), torch.tensor(rows[:, 0]).long())
     return _normalised(*split(train), *split(test), CIFAR)
@@ -119,9 +125,10 @@ class RankBatches(torch.utils.data.Sampler):
 
     def __init__(self, dataset, batch_size, generator, rank=0, world=1):
         self.batches = BatchSampler(RandomSampler(dataset, generator=generator), batch_size, drop_last=True)
-        self.rank, self.world = rank, world
+        self.generator, self.rank, self.world = generator, rank, world
 
     def __iter__(self):
+        torch.empty((), dtype=torch.int64).random_(generator=self.generator)     # drawn by a plain DataLoader too, for its loader workers
         for batch in self.batches:
             yield batch[self.rank::self.world]
 
@@ -133,7 +140,8 @@ def train_loader(recipe, dataset, rank=0, world=1):
     """Training batches of (images, labels), in the order that `DataLoader(shuffle=True, generator=seed)` gives."""
     generator = torch.Generator().manual_seed(recipe.seed)
     batches = RankBatches(dataset, recipe.batch_size, generator, rank, world)
-    common = dict(num_workers=recipe.loader_workers, generator=generator, pin_memory=recipe.device == "cuda",
+    own = torch.Generator().manual_seed(recipe.seed)      # loader workers that persist would draw once, others once an epoch
+    common = dict(num_workers=recipe.loader_workers, generator=own, pin_memory=recipe.device == "cuda",
                   persistent_workers=recipe.loader_workers > 0)
     if recipe.loader == "batch":            # the sampler's list of indices goes to the tensors as one index
         return DataLoader(_WholeBatches(dataset), sampler=batches, batch_size=None, **common)
@@ -174,10 +182,10 @@ def fetch(data, name):
         url = mirror.rstrip("/") + "/" + name
         try:
             return Path(pooch.retrieve(url, checksum, fname=name, path=folder, downloader=_download))
+        except requests.RequestException as error:      # before the two others, of which some of these are kinds
+            reasons.append(f"{url}: {type(error).__name__}")
         except ValueError:                  # pooch: the checksum differs
             reasons.append(f"{url}: the file there is not the one that was published (wrong checksum)")
-        except requests.RequestException as error:
-            reasons.append(f"{url}: {type(error).__name__}")
         except OSError as error:
             raise Refused(f"cannot write to the data folder {folder} ({error.strerror or error}). Free some room, or set CNNLAB_DATA "
                           f"to a folder that you may write to.") from None
@@ -190,6 +198,9 @@ def _download(url, output_file, pooch):
     import requests
     from tqdm.auto import tqdm
 
+    if Path(url).is_file():                 # CNNLAB_MIRROR is a folder
+        shutil.copyfile(url, output_file)
+        return
     part = Path(output_file).parent / (url.rsplit("/", 1)[1] + ".part")
     have = part.stat().st_size if part.exists() else 0
     with requests.get(url, headers={"Range": f"bytes={have}-"} if have else {}, stream=True, timeout=20) as reply:

@@ -85,7 +85,7 @@ def climb(recipe, rungs, repeats=5, seconds=4.0, stop=None):
                 baseline = _judged(replace(baseline, measurement=found["baseline"]), found["baseline"], None)
                 yield baseline
         for name, change in rungs.items():
-            candidate = below.recipe.but(**change)
+            candidate = _with(below.recipe, change)
             if candidate == below.recipe or name.startswith(AGAIN) and name.removeprefix(AGAIN) not in lost:
                 continue
             rung, began = Rung(name=name, measurement=Measurement(name=name, recipe=candidate)), time.monotonic()
@@ -122,6 +122,12 @@ def result(rungs, impossible):
             "best_recipe": {name: new for name, (_, new) in changes(rungs[0].recipe, best.recipe).items()},
             "recipe": rungs[0].recipe.to_dict(), "machine": machine.to_dict(), "versions": machine.versions, "commit": record.commit(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def _with(recipe, change):
+    """The recipe with a rung's change; of its replicas, as many as split the batch evenly."""
+    most = change.get("replicas", recipe.replicas)
+    return recipe.but(**{**change, "replicas": max(n for n in range(1, most + 1) if recipe.batch_size % n == 0)})
 
 
 def _judged(rung, baseline, below):

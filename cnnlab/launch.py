@@ -81,17 +81,20 @@ def stream(function, args, world, stop=None, env=None, backend="gloo"):
     listener = Listener(str(folder / "socket") if hasattr(os, "fork") else None, backlog=world)
     inbox = queue.Queue()                   # (rank, kind, content), from one thread a rank and the agent's
     over = threading.Event()                # ranks that are done wait for it: see _rank
+    stopped = threading.Event()             # ranks that come later get no job
+    pids = {}                               # filled by the readers: a rank can come while nobody asks for events
     job = cloudpickle.dumps((function, args, dict(env or {}), backend, str(folder / "store")))
-    readers = [threading.Thread(target=_read, args=(listener, job, inbox, over), daemon=True) for _ in range(world)]
+    readers = [threading.Thread(target=_read, args=(listener, job, inbox, over, stopped, pids), daemon=True) for _ in range(world)]
     agent = threading.Thread(target=_supervise, args=(listener.address, world, str(folder), inbox), daemon=True)
-    pids, finished = {}, False
+    finished = False
     try:
         for thread in (*readers, agent):
             thread.start()
-        yield from _events(inbox, pids, world, stop)
+        yield from _events(inbox, world, stop)
         finished = not (stop and stop.is_set())
     finally:
         if not finished:
+            stopped.set()
             _kill(pids)
         over.set()
         for _ in readers:                   # wake the readers that no rank has come to
@@ -105,7 +108,7 @@ def stream(function, args, world, stop=None, env=None, backend="gloo"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _events(inbox, pids, world, stop):
+def _events(inbox, world, stop):
     """Yield the ranks' events until all are done, one fails, or `stop` is set."""
     done = 0
     while done < world:
@@ -115,9 +118,7 @@ def _events(inbox, pids, world, stop):
             rank, kind, content = inbox.get(timeout=0.02 if stop is not None else None)
         except queue.Empty:
             continue
-        if kind == "hello":
-            pids[rank] = content
-        elif kind == "event":
+        if kind == "event":
             yield content
         elif kind == "done":
             done += 1
@@ -146,12 +147,14 @@ def _cause(inbox, first):
     return rank, "the process did not start", content
 
 
-def _read(listener, job, inbox, over):
-    """One rank's messages, from its hello to its last word, into the inbox."""
+def _read(listener, job, inbox, over, stopped, pids):
+    """One rank's pid into `pids`, and its messages, to its last word, into the inbox."""
     try:
         with listener.accept() as connection:
             rank, pid = connection.recv()
-            inbox.put((rank, "hello", pid))
+            pids[rank] = pid
+            if stopped.is_set():            # asked after the pid is there to be killed: no rank can slip through
+                return
             connection.send_bytes(job)
             kind = None
             try:
@@ -244,7 +247,7 @@ def _watch_parent():
 
 
 def _kill(pids):
-    for pid in pids.values():
+    for pid in list(pids.values()):
         try:
             os.killpg(pid, signal.SIGKILL) if hasattr(os, "killpg") else os.kill(pid, signal.SIGTERM)
         except OSError:                                   # already gone

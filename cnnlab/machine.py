@@ -110,13 +110,13 @@ def peaks(device="cpu"):
 
 
 def _timed(statement, values, threads):
-    """Seconds of one run of a statement, as (median, fast quartile, slow quartile); the timer fences the GPU."""
+    """Seconds of one run of a statement, as (median, slow quartile, fast quartile); the timer fences the GPU."""
+    import numpy as np
     from torch.utils.benchmark import Timer
 
     timer = Timer(statement, globals=values, num_threads=threads or cores())
-    times = timer.blocked_autorange(min_run_time=0.2)
-    quartile = lambda share: sorted(times.times)[int(share * (len(times.times) - 1))]
-    return times.median, quartile(0.75), quartile(0.25)
+    times = timer.blocked_autorange(min_run_time=0.2).times
+    return tuple(float(seconds) for seconds in np.percentile(times, (50, 75, 25)))
 
 
 _UNITS = {"AVX2": "avx2", "AVX-512": "avx512f", "AVX-512 BF16": "avx512_bf16", "AVX-512 FP16": "avx512_fp16",

@@ -7,6 +7,7 @@ another draws, at most four times a second. Buttons and sliders only set events,
 import base64
 import io
 import os
+import re
 import threading
 import time
 import traceback
@@ -19,8 +20,8 @@ from matplotlib.figure import Figure
 
 from . import launch, machine, plot
 from .events import Failed, Finished, Progress, Started
-from .ladder import techniques
 from .ladder import climb as climb_ladder
+from .ladder import result, techniques
 from .recipe import Refused, legend
 
 REDRAW_EVERY = 0.3       # seconds
@@ -100,7 +101,7 @@ class Panel(widgets.VBox):
         for widget, name in ((self.run_button, "run"), (self.stop_button, "stop"), (self.status, "status"), (self.image, "picture")):
             widget.add_class(f"cnnlab-{name}")
         for name, control in controls.items():
-            control.add_class(f"cnnlab-{name.replace('_', '-')}")
+            control.add_class("cnnlab-" + re.sub(r"\W+|_", "-", name))
         top = widgets.HBox([self.run_button, self.stop_button, self.bar, self.status])
         rows = widgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"})
         super().__init__([rows, top, self.image])
@@ -244,12 +245,12 @@ class Training(Panel):
 class Ladder(Panel):
     """A panel that climbs the ladder: choose the rungs, press Run, and the bars grow.
 
-    `.rungs` are those measured so far, as JSON has them; `prediction()` gives the learner's guess of the best
-    speedup, or None; `recorded` is another machine's ladder.
+    `.rungs` are those measured so far, as JSON has them, and `.outcome` the whole, once it is finished; `prediction()`
+    gives the learner's guess of the best speedup, or None; `recorded` is another machine's ladder.
     """
 
-    def __init__(self, base, repeats=3, prediction=lambda: None, recorded=None):
-        self.base, self.repeats, self.rungs, self.running = base, repeats, [], None
+    def __init__(self, base, repeats=3, seconds=4.0, prediction=lambda: None, recorded=None):
+        self.base, self.seconds, self.rungs, self.running, self.outcome = base, seconds, [], None, None
         self.possible, self.impossible = techniques(machine.describe())
         boxes = {name: widgets.Checkbox(value=True, description=name, indent=False, layout={"width": "190px"}) for name in self.possible}
         steps = widgets.IntSlider(value=repeats, min=2, max=10, description="repeats", continuous_update=False)
@@ -260,10 +261,14 @@ class Ladder(Panel):
                          hint="Choose rungs, then press Run. " + _escaped("; ".join(f"no {name}" for name in self.impossible)))
 
     def _work(self, values, stop):
-        self.rungs = []
+        self.rungs, self.outcome, climbed = [], None, {}
         chosen = {name: change for name, change in self.possible.items() if values[name]}
         self.total, self.done = len(chosen), 0
-        yield from climb_ladder(self.base, chosen, values["repeats"], stop=stop)
+        for rung in climb_ladder(self.base, chosen, values["repeats"], self.seconds, stop):
+            climbed[rung.name] = rung
+            yield rung
+        if not stop.is_set():
+            self.outcome = result(climbed.values(), self.impossible)
 
     def _take(self, rung):
         self.running = rung.name if rung.kept is None else None

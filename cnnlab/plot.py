@@ -121,7 +121,7 @@ def ladder(ax, rungs, prediction=None, recorded=None, running=None):
     ax.set_xlim(0, 1.45 * widest)
     ax.set_xlabel("speedup over the naive baseline (bars: 95% confidence)")
     if others or prediction:
-        ax.legend(frameon=False, loc="lower right", fontsize=9)
+        ax.legend(frameon=False, loc="upper right", fontsize=9)
     _plain(ax)
 
 
@@ -135,9 +135,12 @@ def roofline(ax, peaks, points=None, precision="fp32"):
     for number, name in enumerate(shown):
         style = dict(color=COLOURS[number], linewidth=2 if name == precision else 1, alpha=1 if name == precision else 0.6)
         ax.loglog(intensity, np.minimum(peaks["copy"] * intensity, peaks[name]) / 1e9, label=f"{name} peak {peaks[name] / 1e9:,.0f} GFLOP/s", **style)
-    for number, (name, (x, y)) in enumerate((points or {}).items()):
+    labels = []                              # (x, y) of each: one that would lie on another moves up
+    for number, (name, (x, y)) in enumerate(sorted((points or {}).items(), key=lambda item: item[1][1])):
         ax.plot(x, y / 1e9, "o", color=COLOURS[(number + 1) % len(COLOURS)], markersize=7)
-        ax.annotate(name, (x, y / 1e9), (5, 6 if number % 2 else -12), textcoords="offset points", fontsize=9)
+        height = max([y / 1e9, *(1.45 * below for left, below in labels if 0.3 < x / left < 3 and below < y / 1e9 * 1.45)])
+        labels.append((x, height))
+        ax.annotate(name, (x, height), (8, 0), textcoords="offset points", va="center", fontsize=9)
     ax.set_xlabel("arithmetic intensity (FLOP per byte moved)")
     ax.set_ylabel("GFLOP/s")
     ax.set_title(f"memory: {peaks['copy'] / 1e9:.0f} GB/s copied", fontsize=10)

@@ -68,6 +68,8 @@ class Recipe:
         for name in ("width", "steps", "threads"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
+        if self.seed >= 2**31:
+            raise Refused(f"seed={self.seed} is not allowed: it must be below 2147483648, for numpy takes no more than 32 bits.")
         rate = self.learning_rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
             raise Refused(f"learning_rate={rate!r} is not allowed: it must be a finite number above 0, such as 0.003.")

@@ -38,8 +38,10 @@ def save(path, events, machine):
     """
     path = Path(path)
     with _written(path) as file:
+        headed = False
         for event in events:
-            if isinstance(event, Started) and event.rank == 0:
+            if isinstance(event, Started) and not headed:       # of whichever rank starts first
+                headed = True
                 _line(file, path, {"cnnlab": FORMAT, "recipe": event.recipe.to_dict(), "machine": machine, "versions": machine["versions"],
                                    "commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")})
             _line(file, path, events_of.to_dict(event))
@@ -66,13 +68,16 @@ def load(path):
     try:
         header = values[0]
         if header["cnnlab"] != FORMAT:
-            raise Refused(f"the record {path} has format {header['cnnlab']}; this version of cnnlab reads {FORMAT}.")
+            raise Refused(f"it has format {header['cnnlab']}; this version of cnnlab reads {FORMAT}.")
         events = [events_of.from_dict(value) for value in values[1:]]
         recipe = Recipe.from_dict(header["recipe"])
-        ended = any(isinstance(event, (events_of.Finished, events_of.Failed)) for event in events)
+        ends = [type(event) for event in events]
+        ended = ends.count(events_of.Finished) >= recipe.replicas or events_of.Failed in ends
         return Record(recipe=recipe, events=events, truncated=torn or (None if ended else "the run's end is missing"),
                       **{name: header[name] for name in ("machine", "versions", "commit", "date")})
-    except (IndexError, KeyError, TypeError) as error:
+    except Refused as error:
+        raise Refused(f"the record {path} cannot be used: {error}") from None
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise Refused(f"the record {path} is no cnnlab record, or damaged ({type(error).__name__}: {error}).") from None
 
 
@@ -108,11 +113,12 @@ def write_json(path, value):
 def check_writable(path):
     """Raise `Refused` now if `path` cannot be written, rather than after the work."""
     path = Path(path)
+    part = _part(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(path.name + ".part"), "w") as file:
+        with open(part, "w") as file:
             file.write(" " * 65536)             # a full disk refuses the bytes, not the name
-        path.with_name(path.name + ".part").unlink()
+        part.unlink()
     except OSError as error:
         raise _unwritable(path, error) from None
 
@@ -130,15 +136,28 @@ def commit():
 @contextmanager
 def _written(path):
     """A file that takes the name `path` when the block is left without an error."""
-    part = path.with_name(path.name + ".part")
+    part, whole = _part(path), False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(part, "w", encoding="utf-8")
     except OSError as error:
         raise _unwritable(path, error) from None
-    with file:
+    try:
         yield file
-    os.replace(part, path)
+        whole = True
+    finally:
+        try:
+            file.close()                        # on a full disk this fails, too
+            if whole:
+                os.replace(part, path)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+
+
+def _part(path):
+    if path.is_dir():
+        raise Refused(f"cannot write {path}: it is a folder. Name a file in it.")
+    return path.with_name(path.name + ".part")
 
 
 def _line(file, path, value, indent=None):

@@ -1,0 +1,136 @@
+"""A real JupyterLab and a real browser, for the tests that look at what a person sees."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """Address and token of a JupyterLab that serves a copy of the lessons, with settings of its own."""
+    home = tmp_path_factory.mktemp("lab")
+    root = home / "notebooks"
+    shutil.copytree(REPOSITORY / "notebooks", root)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token = "for-the-tests"
+    folders = {name: str(home / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR",
+                                                           "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
+    environment = {**os.environ, **folders, "JUPYTER_TOKEN": token}
+    for name in ("CNNLAB_UNATTENDED", "CNNLAB_QUICK"):           # as a learner has it
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
+               "--ServerApp.port_retries=0", f"--ServerApp.root_dir={root}", "--expose-app-in-browser"]
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _until(lambda: _answers(f"{address}/api/status?token={token}"), 60, f"JupyterLab did not start: {(home / 'log').read_text()}")
+        yield {"address": address, "token": token, "root": root}
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's or the user's Chromium."""
+    path = next((found for found in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if found), None)
+    if path is None and not os.environ.get("CI"):
+        pytest.skip("no Chromium here: install it (apt install chromium) to test what a person sees")
+    assert path, "CI has no Chromium"
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        with playwright.chromium.launch(executable_path=path, args=CHROMIUM) as chromium:
+            yield chromium
+
+
+@pytest.fixture
+def open_lesson(lab, browser, request):
+    """open_lesson(name) shows a lesson in the browser, kernel ready, and returns the page; `.run_all()` follows."""
+    contexts = []
+
+    def show(name, width=1366, height=900):
+        context = browser.new_context(viewport={"width": width, "height": height})
+        contexts.append(context)
+        page = context.new_page()
+        page.goto(f"{lab['address']}/doc/tree/{name}?token={lab['token']}&reset")
+        page.wait_for_function(_READY, timeout=60_000)
+        return page
+
+    yield show
+    folder = os.environ.get("CNNLAB_SCREENSHOTS")
+    for number, context in enumerate(contexts):
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            context.pages[0].screenshot(path=f"{folder}/{request.node.name}-{number}.png")
+        context.close()
+    _stop_kernels(lab)
+
+
+_READY = """() => {
+    const session = window.jupyterapp?.shell.currentWidget?.context?.sessionContext;
+    const kernel = session?.session?.kernel;
+    return session?.isReady && kernel?.connectionStatus === 'connected' && kernel?.status === 'idle';
+}"""
+
+
+def run_all(page, timeout=120):
+    """Run every cell, and wait until the kernel is idle and all code cells have run."""
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+    page.wait_for_function("""() => {
+        const notebook = window.jupyterapp.shell.currentWidget.content;
+        const code = notebook.widgets.filter(cell => cell.model.type === 'code' && cell.model.sharedModel.getSource().trim());
+        return code.every(cell => cell.model.executionCount) && window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.status === 'idle';
+    }""", timeout=timeout * 1000)
+
+
+def saved_notebook(page, lab, name):
+    """The notebook as JupyterLab saves it."""
+    page.evaluate("() => { window.saved = false; window.jupyterapp.commands.execute('docmanager:save').then(() => { window.saved = true; }); }")
+    page.wait_for_function("() => window.saved", timeout=20_000)
+    return json.loads((lab["root"] / name).read_text())
+
+
+def _stop_kernels(lab):
+    query = f"?token={lab['token']}"
+    for kernel in json.load(urllib.request.urlopen(f"{lab['address']}/api/kernels{query}", timeout=10)):
+        call = urllib.request.Request(f"{lab['address']}/api/kernels/{kernel['id']}{query}", method="DELETE")
+        urllib.request.urlopen(call, timeout=20)
+
+
+def _answers(address):
+    try:
+        return urllib.request.urlopen(address, timeout=2).status == 200
+    except OSError:
+        return False
+
+
+def _until(condition, seconds, message):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, message
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def short_run():
+    """The events of a real training run of two epochs of digits, in this process."""
+    from cnnlab.recipe import Recipe
+    from cnnlab.train import train
+
+    return list(train(Recipe(batch_size=128, epochs=2, threads=1)))

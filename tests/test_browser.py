@@ -1,0 +1,112 @@
+"""What a person sees and does in JupyterLab, in a real browser: panels run, follow sliders, stop, and are saved."""
+
+import base64
+import io
+import time
+
+import psutil
+from conftest import run_all, saved_notebook
+from PIL import Image
+
+
+def test_training_runs_live_follows_a_slider_and_stops(lab, open_lesson):
+    page = open_lesson("02_training_loop.ipynb")
+    run_all(page)
+    panel = page.locator(".cnnlab-panel")
+    panel.scroll_into_view_if_needed()
+    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+
+    first = picture(panel)
+    panel.locator(".cnnlab-run").click()
+    second = changed(panel, first)
+    changed(panel, second)                                      # it goes on changing while training runs
+    status(panel, "step ", "images/s")
+
+    for slider, key, label in (("batch-size", "ArrowLeft", "32"), ("learning-rate", "ArrowRight", "0.01")):
+        before = picture(panel)                                 # a moved slider trains anew, with the new value
+        panel.locator(f".cnnlab-{slider} .noUi-handle").press(key)
+        assert panel.locator(f".cnnlab-{slider} .widget-readout").inner_text() == label
+        changed(panel, before)
+        status(panel, "step ")
+    began = time.monotonic()
+    panel.locator(".cnnlab-stop").click()
+    status(panel, "Stopped")
+    kernel_answers(page)
+    assert time.monotonic() - began < 10                        # a hang limit; tests/benchmarks/stop.py times it
+    assert not ranks_alive()
+
+    saved = saved_notebook(page, lab, "02_training_loop.ipynb")
+    images = [output["data"]["image/png"] for cell in saved["cells"] for output in cell.get("outputs", [])
+              if "application/vnd.jupyter.widget-view+json" in output.get("data", {}) and "image/png" in output["data"]]
+    assert images, "the panel's cell keeps no picture for pages that cannot run widgets"
+    last = Image.open(io.BytesIO(base64.b64decode(images[-1]))).convert("RGB")
+    assert len(last.getcolors(1 << 24)) > 50                    # curves are in it: not an empty frame
+
+
+def test_the_ladder_grows_and_stops(lab, open_lesson):
+    page = open_lesson("14_whole_ladder.ipynb")
+    run_all(page)
+    panel = page.locator(".cnnlab-panel")
+    panel.scroll_into_view_if_needed()
+    panel.locator(".cnnlab-torch-compile input").uncheck()
+    first = picture(panel)
+    panel.locator(".cnnlab-run").click()
+    second = changed(panel, first, 60)
+    changed(panel, second, 60)
+    panel.locator(".cnnlab-stop").click()
+    status(panel, "Stopped")
+    kernel_answers(page)
+    assert not ranks_alive()
+
+
+def test_a_prediction_is_kept_and_cannot_be_changed(open_lesson):
+    page = open_lesson("00_start_here.ipynb")
+    run_all(page)
+    prediction = page.locator(".cnnlab-prediction")
+    prediction.locator("input").fill("3.5")
+    prediction.locator("input").press("Tab")
+    prediction.locator("button").click()
+    prediction.get_by_text("Your prediction").wait_for(timeout=10_000)
+    assert prediction.locator("input").is_disabled()
+    assert "3.5" in prediction.inner_text()
+
+
+
+
+def picture(panel):
+    """The bytes of the picture that is on the screen."""
+    image = panel.locator("img.cnnlab-picture, .cnnlab-picture img").first
+    return image.evaluate("async image => { const b = await (await fetch(image.src)).blob(); return b.size + ':' + await b.text(); }")
+
+
+def changed(panel, before, seconds=30):
+    """Wait until the picture is another one, and return it."""
+    end = time.monotonic() + seconds
+    while (now := picture(panel)) == before:
+        assert time.monotonic() < end, "the picture did not change while training ran"
+        time.sleep(0.2)
+    return now
+
+
+def status(panel, *words, seconds=60):
+    """Wait until the status line has all the words, and return it."""
+    end = time.monotonic() + seconds
+    while not all(word in (text := panel.locator(".cnnlab-status").inner_text()) for word in words):
+        assert time.monotonic() < end, f"the status line says {text!r}, not {words}"
+        time.sleep(0.2)
+    return text
+
+
+def kernel_answers(page):
+    """The kernel runs a cell: it is not blocked."""
+    page.evaluate("""() => { window.answered = false;
+        const kernel = window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel;
+        kernel.requestExecute({code: '1 + 1'}).done.then(() => { window.answered = true; }); }""")
+    page.wait_for_function("() => window.answered", timeout=10_000)
+
+
+def ranks_alive():
+    """Processes of ours that are still training: they are the ones that the fork server has forked."""
+    time.sleep(1)
+    servers = [process for process in psutil.process_iter(["cmdline"]) if "multiprocessing.forkserver" in " ".join(process.info["cmdline"] or [])]
+    return [child for server in servers for child in server.children()]

@@ -1,0 +1,142 @@
+"""What a `Recipe` allows, refuses, and says."""
+
+import json
+import math
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from cnnlab.recipe import CHOICES, Recipe, Refused, changes, legend
+
+
+def test_the_defaults_are_valid_and_frozen():
+    recipe = Recipe()
+    with pytest.raises(FrozenInstanceError):
+        recipe.batch_size = 1
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(model="ResNet9", width=8, data="synthetic", images=100, batch_size=20, steps=5, evaluate=False,
+                                                     threads=2, precision="bf16", replicas=4, learning_rate=1)])
+def test_a_recipe_survives_json(recipe):
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_fields_left_out_take_their_defaults():
+    assert Recipe.from_dict({"batch_size": 32}) == Recipe(batch_size=32)
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, allowed in CHOICES.items() for value in allowed])
+def test_every_choice_is_accepted(name, value):
+    device = {"device": "cuda"} if value == "tf32" else {}
+    assert getattr(Recipe(**{name: value, **device}), name) == value
+
+
+def test_but_changes_only_what_is_named():
+    base = Recipe()
+    other = base.but(precision="bf16", threads=2)
+    assert base == Recipe()
+    assert changes(base, other) == {"precision": ("fp32", "bf16"), "threads": (None, 2)}
+    assert changes(other, base) == {"precision": ("bf16", "fp32"), "threads": (2, None)}
+    assert changes(base, base) == {}
+
+
+def test_the_legend_says_what_differs():
+    assert legend(Recipe(), Recipe(threads=2)) == "threads=2"
+    assert legend(Recipe(), Recipe()) == "unchanged"
+    assert set(legend(Recipe(), Recipe(threads=2, precision="bf16")).split(", ")) == {"threads=2", "precision=bf16"}
+
+
+WHOLE = {"images": 1, "image_size": 1, "classes": 1, "batch_size": 1, "epochs": 1, "replicas": 1, "warmup_steps": 0, "loader_workers": 0, "seed": 0,
+         "width": 1, "steps": 1, "threads": 1}     # name: the least that is allowed
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("value", ["below", True, 2.5, "3", math.nan, [1]], ids=repr)
+def test_a_bad_count_is_refused_with_its_name_value_and_least(name, value):
+    value = WHOLE[name] - 1 if value == "below" else value
+    with pytest.raises(Refused) as refused:
+        Recipe(**{name: value})
+    assert f"{name}={value!r}" in str(refused.value)
+    assert f"whole number, {WHOLE[name]} or more" in str(refused.value)
+
+
+def test_no_whole_number_field_goes_unchecked():
+    numbers = {f.name for f in fields(Recipe) if f.name not in CHOICES and f.name not in ("learning_rate", "evaluate")}
+    assert numbers == set(WHOLE)
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, math.nan, math.inf, -math.inf, True, "0.1", None], ids=repr)
+def test_a_bad_learning_rate_is_refused(rate):
+    with pytest.raises(Refused, match="finite number above 0") as refused:
+        Recipe(learning_rate=rate)
+    assert f"learning_rate={rate!r}" in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", None], ids=repr)
+def test_evaluate_must_be_true_or_false(value):
+    with pytest.raises(Refused, match="evaluate=.*True or False"):
+        Recipe(evaluate=value)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_an_unknown_choice_is_refused_with_all_that_are_allowed(name):
+    with pytest.raises(Refused) as refused:
+        Recipe(**{name: "nonsense"})
+    assert f"{name}='nonsense'" in str(refused.value)
+    assert all(allowed in str(refused.value) for allowed in CHOICES[name])
+
+
+@pytest.mark.parametrize("value", [None, 3, True, ["SmallCNN"]], ids=repr)
+def test_a_choice_that_is_no_word_is_refused(value):
+    with pytest.raises(Refused, match="model="):
+        Recipe(model=value)
+
+
+@pytest.mark.parametrize("name, typo, meant", [("model", "Resnet9", "ResNet9"), ("precision", "bf61", "bf16"), ("data", "cifar", "cifar10")])
+def test_a_typo_in_a_choice_gets_a_suggestion(name, typo, meant):
+    with pytest.raises(Refused, match=f"Did you mean '{meant}'"):
+        Recipe(**{name: typo})
+
+
+@pytest.mark.parametrize("make", [lambda values: Recipe().but(**values), Recipe.from_dict])
+def test_an_unknown_field_is_refused_with_a_suggestion(make):
+    with pytest.raises(Refused, match="no field 'batchsize'.*Did you mean 'batch_size'"):
+        make({"batchsize": 3})
+    with pytest.raises(Refused, match="no field 'zzz'.*learning_rate"):
+        make({"zzz": 3})
+
+
+@pytest.mark.parametrize("values", [[1, 2], "SmallCNN", None, 3], ids=repr)
+def test_what_is_no_json_object_is_no_recipe(values):
+    with pytest.raises(Refused, match="JSON object"):
+        Recipe.from_dict(values)
+
+
+def test_replicas_that_do_not_divide_the_batch_are_refused_with_a_batch_that_works():
+    with pytest.raises(Refused, match="batch_size=64.*replicas=3.*such as 63"):
+        Recipe(replicas=3)
+    with pytest.raises(Refused, match="batch_size=2.*such as 4"):
+        Recipe(batch_size=2, replicas=4)
+
+
+def test_tf32_on_a_cpu_is_refused_with_what_to_take():
+    with pytest.raises(Refused, match="tf32.*device='cuda'.*bf16"):
+        Recipe(precision="tf32")
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_steps_that_leave_nothing_to_time_are_refused(steps):
+    with pytest.raises(Refused, match=f"steps={steps}.*warmup_steps=2"):
+        Recipe(steps=steps, warmup_steps=2)
+    assert Recipe(steps=steps, warmup_steps=0).steps == steps
+
+
+def test_a_batch_larger_than_the_synthetic_data_is_refused():
+    with pytest.raises(Refused, match="batch_size=64.*images=63"):
+        Recipe(data="synthetic", images=63)
+    assert Recipe(data="synthetic", images=64).images == 64
+
+
+def test_a_seed_that_numpy_cannot_take_is_refused():
+    with pytest.raises(Refused, match="seed=4294967296"):
+        Recipe(seed=2**32)

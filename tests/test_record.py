@@ -1,0 +1,231 @@
+"""Runs on disk: whole, interrupted, torn, damaged, and where nothing can be written."""
+
+import json
+import os
+import re
+from dataclasses import replace
+
+import pytest
+
+from cnnlab import record
+from cnnlab.events import Failed, Finished, Progress, Started
+from cnnlab.recipe import Refused
+
+MACHINE = {"name": "Test processor", "cores": 2, "versions": {"torch": "9.9"}}
+
+
+@pytest.fixture
+def saved(tmp_path, short_run):
+    path = tmp_path / "run.jsonl"
+    list(record.save(path, short_run, MACHINE))
+    return path
+
+
+def test_save_passes_every_event_through(tmp_path, short_run):
+    assert list(record.save(tmp_path / "run.jsonl", short_run, MACHINE)) == short_run
+
+
+def test_a_replay_is_the_run(saved, short_run):
+    assert list(record.replay(saved)) == short_run
+
+
+def test_a_record_says_what_ran_where(saved, short_run):
+    loaded = record.load(saved)
+    assert loaded.recipe == short_run[0].recipe
+    assert loaded.machine == MACHINE and loaded.versions == MACHINE["versions"]
+    assert re.match(r"\d{4}-\d\d-\d\dT", loaded.date)
+    assert loaded.truncated is None
+
+
+def test_the_final_name_appears_only_at_the_end(tmp_path, short_run):
+    path = tmp_path / "deep" / "run.jsonl"
+    for _ in record.save(path, short_run, MACHINE):
+        assert not path.exists()
+    assert [p.name for p in path.parent.iterdir()] == ["run.jsonl"]
+
+
+def test_an_interrupted_run_leaves_a_part_that_can_be_loaded(tmp_path, short_run):
+    path = tmp_path / "run.jsonl"
+    saving = record.save(path, short_run, MACHINE)
+    taken = [next(saving), next(saving)]
+    saving.close()
+    assert not path.exists()
+    loaded = record.load(tmp_path / "run.jsonl.part")
+    assert loaded.events == taken
+    assert "end is missing" in loaded.truncated
+
+
+def test_an_old_record_survives_an_interrupted_new_one(saved, short_run):
+    before = saved.read_bytes()
+    saving = record.save(saved, short_run, MACHINE)
+    next(saving)
+    saving.close()
+    assert saved.read_bytes() == before
+
+
+def test_any_rank_may_start_first(tmp_path, short_run):
+    started = short_run[0]
+    events = [replace(started, rank=1, world=2), replace(started, world=2), *short_run[1:]]
+    path = tmp_path / "run.jsonl"
+    list(record.save(path, events, MACHINE))
+    assert record.load(path).events == events
+
+
+def test_a_run_of_two_ranks_ends_when_both_have_finished(tmp_path, short_run):
+    recipe = short_run[0].recipe.but(replicas=2)
+    both = [replace(event, rank=rank, **({"recipe": recipe, "world": 2} if isinstance(event, Started) else {})) for rank in (0, 1) for event in short_run]
+    list(record.save(tmp_path / "whole.jsonl", both, MACHINE))
+    list(record.save(tmp_path / "cut.jsonl", both[:-1], MACHINE))
+    assert record.load(tmp_path / "whole.jsonl").truncated is None
+    assert "end is missing" in record.load(tmp_path / "cut.jsonl").truncated
+
+
+def test_a_failed_run_is_whole(tmp_path, short_run):
+    events = [short_run[0], Failed(rank=0, error="ValueError: no", traceback="...")]
+    list(record.save(tmp_path / "run.jsonl", events, MACHINE))
+    assert record.load(tmp_path / "run.jsonl").truncated is None
+
+
+def test_losses_that_are_no_number_survive(tmp_path, short_run):
+    progress = next(event for event in short_run if isinstance(event, Progress))
+    list(record.save(tmp_path / "run.jsonl", [short_run[0], replace(progress, losses=[float("nan"), float("inf")])], MACHINE))
+    losses = record.load(tmp_path / "run.jsonl").events[1].losses
+    assert losses[0] != losses[0] and losses[1] == float("inf")
+
+
+def test_a_torn_last_line_is_left_out_with_a_warning(saved, short_run):
+    saved.write_bytes(saved.read_bytes()[:-20])
+    last = len(short_run) + 1
+    with pytest.warns(UserWarning, match=rf"truncated: the last line \({last}\) is torn"):
+        assert list(record.replay(saved)) == short_run[:-1]
+
+
+def test_a_missing_end_is_said_in_a_warning(saved, short_run):
+    lines = saved.read_text().splitlines(keepends=True)
+    saved.write_text("".join(lines[:3]))
+    with pytest.warns(UserWarning, match="truncated: the run's end is missing. The 2 events"):
+        assert list(record.replay(saved)) == short_run[:2]
+
+
+def test_a_whole_record_gives_no_warning(saved, recwarn):
+    list(record.replay(saved))
+    assert not recwarn.list
+
+
+def test_a_replay_at_tempo_gives_the_same_events(saved, short_run):
+    assert list(record.replay(saved, tempo=1000)) == short_run
+
+
+def test_a_damaged_line_in_the_middle_is_named(saved):
+    lines = saved.read_text().splitlines()
+    lines[2] = lines[2][:-10]
+    saved.write_text("\n".join(lines))
+    with pytest.raises(Refused, match="damaged in line 3") as refused:
+        record.load(saved)
+    assert str(saved) in str(refused.value)
+
+
+HEADER = {"cnnlab": 1, "recipe": {}, "machine": {}, "versions": {}, "commit": None, "date": ""}
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\n", b"hello", b"[]", b"5", b'"words"', b"{}", b'{"some": "json"}', b"\xff\xfe\x00", b"\x00" * 100,
+    json.dumps({**HEADER, "recipe": None}).encode(),
+    json.dumps({**HEADER, "recipe": {"model": "LeNet"}}).encode(),
+    *[json.dumps(HEADER).encode() + b"\n" + line for line in (b"5", b'"words"', b'{"event": "Exploded"}', b'{"event": "Failed"}', b"[[1]]", b"null")],
+], ids=lambda content: repr(content[-30:]))
+def test_what_is_no_record_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(Refused) as refused:
+        record.load(path)
+    assert str(path) in str(refused.value)
+
+
+def test_another_format_is_refused_with_its_number(saved):
+    saved.write_text(saved.read_text().replace('{"cnnlab": 1', '{"cnnlab": 99', 1))
+    with pytest.raises(Refused, match="has format 99.*reads 1"):
+        record.load(saved)
+
+
+def test_a_missing_record_is_refused_with_those_that_are_there(saved, tmp_path):
+    with pytest.raises(Refused, match="there is no record .*other.jsonl. The folder has run.jsonl"):
+        record.load(tmp_path / "other.jsonl")
+    with pytest.raises(Refused, match="There are no records in"):
+        record.load(tmp_path / "nowhere" / "run.jsonl")
+
+
+def test_a_folder_is_no_record(tmp_path):
+    with pytest.raises(Refused, match="cannot be read"):
+        record.load(tmp_path)
+
+
+def unwritable(folder):
+    """Paths that nobody, not even root, can write to."""
+    (folder / "file").write_text("in the way")
+    (folder / "taken").mkdir()
+    return {"under a file": folder / "file" / "run.json", "in /proc": "/proc/run.json", "a folder's name": folder / "taken"}
+
+
+def save_all(path, events):
+    list(record.save(path, events, MACHINE))
+
+
+WRITERS = {"save": save_all, "write_json": lambda path, _: record.write_json(path, {"a": 1}), "check_writable": lambda path, _: record.check_writable(path)}
+
+
+@pytest.mark.parametrize("where", ["under a file", "in /proc", "a folder's name"])
+@pytest.mark.parametrize("write", WRITERS)
+def test_what_cannot_be_written_is_refused(tmp_path, short_run, where, write):
+    path = unwritable(tmp_path)[where]
+    with pytest.raises(Refused, match="cannot write") as refused:
+        WRITERS[write](path, short_run)
+    assert str(path) in str(refused.value)
+
+
+def test_a_bad_folder_is_known_before_the_run_starts(tmp_path):
+    def run():
+        pytest.fail("the run was started")
+        yield
+    with pytest.raises(Refused):
+        save_all(unwritable(tmp_path)["under a file"], run())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a Linux device that is always full")
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_full_disk_is_refused_and_the_old_file_unharmed(tmp_path, short_run, write):
+    path = tmp_path / "run.json"
+    path.write_text("the old one")
+    (tmp_path / "run.json.part").symlink_to("/dev/full")
+    with pytest.raises(Refused, match="No space left"):
+        WRITERS[write](path, short_run)
+    assert path.read_text() == "the old one" and not path.is_symlink()
+
+
+def test_json_is_written_in_one_step(tmp_path):
+    path = tmp_path / "new folder" / "value.json"
+    record.write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        record.write_json(path, {"new": object()})
+    assert json.loads(path.read_text()) == {"old": 1}
+    record.write_json(path, {"new": [1, 2]})
+    assert json.loads(path.read_text()) == {"new": [1, 2]}
+    assert [p.name for p in path.parent.iterdir()] == ["value.json"]
+
+
+def test_checking_leaves_no_trace(tmp_path):
+    record.check_writable(tmp_path / "new" / "value.json")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_commit_names_the_checkout_and_says_whether_it_was_edited():
+    assert record.commit() is None or re.fullmatch(r"[0-9a-f]{12}(\+changes)?", record.commit())
+
+
+def test_there_is_no_commit_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
+    assert record.commit() is None
+
+
+def test_the_run_that_is_recorded_here_is_complete(short_run):
+    assert isinstance(short_run[0], Started) and isinstance(short_run[-1], Finished)

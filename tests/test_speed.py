@@ -1,0 +1,129 @@
+"""Each technique by itself: it does what it says, and leaves the numbers alone where it says so."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cnnlab import machine, speed
+from cnnlab.model import ResNet9, SmallCNN
+from cnnlab.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+def test_channels_last_keeps_shapes_and_numbers():
+    torch.manual_seed(0)
+    model, images = ResNet9(width=4).eval(), torch.rand(2, 3, 32, 32)
+    expected = model(images)
+    faster = speed.channels_last(model)
+    assert faster.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(faster(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change, channels_last", [({}, False), ({"memory_format": "channels_last"}, True)])
+def test_prepare_applies_the_layout_of_the_recipe(change, channels_last):
+    model = speed.prepare(SmallCNN(width=8, channels=3), Recipe(**change), CPU)
+    assert model.stage2[0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+def test_prepare_compiles_only_when_asked():
+    assert type(speed.prepare(SmallCNN(), Recipe(), CPU)) is SmallCNN
+    assert isinstance(speed.prepare(SmallCNN(), Recipe(compiler="inductor"), CPU), torch._dynamo.OptimizedModule)     # compiles at its first call
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_autocast_computes_at_the_recipes_precision(precision, dtype):
+    with speed.autocast(Recipe(precision=precision)):
+        assert nn.Linear(4, 4)(torch.rand(2, 4)).dtype == dtype
+
+
+@pytest.mark.parametrize("precision, scales", [("fp32", False), ("bf16", False), ("fp16", True)])
+def test_only_fp16_scales_its_gradients(precision, scales):
+    assert speed.grad_scaler(Recipe(precision=precision)).is_enabled() == scales
+
+
+def test_threads_are_those_of_the_recipe_or_a_share_of_the_cores(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(machine, "cores", lambda: 3)
+    try:
+        for recipe, world, expected in ((Recipe(threads=2), 1, 2), (Recipe(), 1, 3), (Recipe(), 2, 1), (Recipe(), 8, 1)):
+            speed.set_threads(recipe, world)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def drawn():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_a_seed_repeats_all_draws_and_ranks_differ():
+    draws = []
+    for seed, rank in ((1, 0), (1, 0), (1, 1)):
+        speed.set_seed(seed, rank)
+        draws.append(drawn())
+    assert draws[0] == draws[1]
+    assert all(a != b for a, b in zip(draws[0], draws[2]))
+
+
+def test_the_largest_seed_can_be_set():
+    speed.set_seed(Recipe(seed=2**31 - 1).seed, rank=1000)
+
+
+def test_tf32_is_switched_on():
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        speed.tf32()
+        assert all(flag.allow_tf32 for flag in flags)
+    finally:
+        for flag, value in zip(flags, before):
+            flag.allow_tf32 = value
+
+
+def test_the_clock_stands_still_while_paused():
+    clock = speed.Clock(CPU)
+    clock.resume()
+    clock.pause()
+    first = clock.seconds
+    time.sleep(0.5)
+    clock.resume()
+    clock.pause()
+    assert first <= clock.seconds < 0.25
+
+
+def test_the_clock_runs_while_training():
+    clock = speed.Clock(CPU)
+    clock.resume()
+    time.sleep(0.1)
+    assert clock.running() >= 0.1
+    clock.pause()
+    assert clock.seconds >= 0.1
+
+
+def test_waiting_counts_the_loader_but_not_the_work():
+    def loader():
+        for number in range(3):
+            time.sleep(0.1)
+            yield number
+
+    clock, seen = speed.Clock(CPU), []
+    for number in clock.waited(loader()):
+        seen.append(number)
+        time.sleep(0.5)
+    assert seen == [0, 1, 2]
+    assert 0.3 <= clock.waiting < 1.0
+
+
+def test_peak_memory_is_in_mib_and_never_falls():
+    before = speed.peak_memory_mib(CPU)
+    ballast = torch.ones(400 * 2**20 // 4)
+    after = speed.peak_memory_mib(CPU)
+    del ballast
+    assert before > 50                          # torch alone takes more
+    assert before <= after < before + 600
+    assert speed.peak_memory_mib(CPU) >= after
