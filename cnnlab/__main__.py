@@ -67,7 +67,8 @@ def doctor(options):
     found, peaks = machine.describe(), machine.peaks()
     rows = {"processor": found.name, "system": found.system, "cores": found.cores, "memory": f"{found.memory_gib} GiB",
             "vector and matrix units": ", ".join(found.units) or "none known", "GPUs": ", ".join(found.gpus) or "none",
-            "C++ compiler": found.compiler or "none", **found.versions,
+            "C++ compiler": found.compiler or "none", "computed in hardware": ", ".join(name for name, own in found.hardware.items() if own),
+            "emulated": ", ".join(name for name, own in found.hardware.items() if not own) or "nothing", **found.versions,
             **{f"peak {name}": f"{value / 1e9:,.0f} GFLOP/s measured" for name, value in peaks.items() if name != "copy"},
             "copy bandwidth": f"{peaks['copy'] / 1e9:.1f} GB/s measured (reads and writes)"}
     for name, value in rows.items():
@@ -144,7 +145,7 @@ def _show(events):
 
     from .events import Evaluated, Finished, Progress, Started
 
-    with tqdm(unit="step", file=sys.stderr) as bar:
+    with tqdm(unit="step", file=sys.stderr, leave=False) as bar:
         for event in events:
             if event.rank:
                 continue

@@ -49,7 +49,7 @@ def _agree(expected, got):
 
 def _short(value):
     if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}" + (f" with mean {value.float().mean():.4f}" if value.numel() > 4 else f" {value.tolist()}")
+        return f"a tensor of shape {tuple(value.shape)}" + (f" with mean {value.float().mean():.4f}" if value.numel() > 4 else f" {[round(v, 4) for v in value.flatten().tolist()]}")
     if value is ...:
         return "nothing yet (...)"
     return f"{type(value).__name__}: {value}" if isinstance(value, Exception) else repr(value)

@@ -166,6 +166,12 @@ class _WholeBatches(torch.utils.data.Dataset):
         return self.dataset[torch.as_tensor(indices)]
 
 
+def fetch_all(data):
+    """Have all files of a data set in the cache. Raises `Refused` when one cannot be had."""
+    for name in {"fashion-mnist": FASHION_FILES, "cifar10": CIFAR_FILES}.get(data, ()):
+        fetch(data, name)
+
+
 def fetch(data, name):
     """Path of one checksummed file of a data set in the cache (CNNLAB_DATA, or the user's cache folder).
 

@@ -46,7 +46,7 @@ def run(recipe, stop=None, env=None):
     lacking = machine.missing_for(recipe)
     if lacking:
         raise Refused(" ".join(lacking))
-    data.load(recipe)                       # here, so that a download happens once and errors name no rank
+    data.fetch_all(recipe.data)             # here, so that a download happens once
     yield from stream(train_ranks, (recipe,), recipe.replicas, stop, env, backend(recipe))
 
 
@@ -122,6 +122,8 @@ def _events(inbox, world, stop):
             yield content
         elif kind == "done":
             done += 1
+        elif kind == "refused":
+            raise Refused(content)
         else:
             rank, error, text = _cause(inbox, (rank, kind, content))
             yield Failed(rank=rank, error=error, traceback=text)
@@ -158,7 +160,7 @@ def _read(listener, job, inbox, over, stopped, pids):
             connection.send_bytes(job)
             kind = None
             try:
-                while kind not in ("done", "error"):
+                while kind not in ("done", "error", "refused"):
                     kind, content = connection.recv()
                     inbox.put((rank, kind, content))
             except (EOFError, OSError):
@@ -227,6 +229,9 @@ def _rank(address):
                 connection.send(("event", event))
             connection.send(("done", None))
             connection.recv()     # all are done; a rank that dies in the agent's own barrier, further on, would hang the agent
+        except Refused as refusal:
+            connection.send(("refused", str(refusal)))
+            os._exit(1)
         except BaseException as error:
             connection.send(("error", (f"{type(error).__name__}: {error}", traceback.format_exc())))
             os._exit(1)                                   # at once: peers may hold what a tidy exit would wait for

@@ -41,7 +41,7 @@ class Picture:
     def png(self, draw):
         """Call draw(axes), then render."""
         draw(self.axes)
-        frame = [(ax.get_xlim(), ax.get_ylim(), len(ax.lines), len(ax.patches), ax.get_legend()) for ax in self.axes]
+        frame = [(ax.get_xlim(), ax.get_ylim(), len(ax.lines), [*ax.patches, *ax.texts, ax.get_legend()]) for ax in self.axes]
         lines = [line for ax in self.axes for line in ax.lines]
         if frame != self.drawn:
             for line in lines:
@@ -156,9 +156,10 @@ class Panel(widgets.VBox):
             last, self.bar.bar_style = f"<b>The panel failed:</b><pre>{_escaped(traceback.format_exc())}</pre>", "danger"
         over.set()
         drawer.join()
-        self.status.value = last
-        self.run_button.disabled, self.stop_button.disabled = False, True
-        self._keep()
+        if self.stop_event is stop:            # else a newer run has begun already
+            self.status.value = last
+            self.run_button.disabled, self.stop_button.disabled = False, True
+            self._keep()
 
     def _say(self, share, line):
         """Progress, at most as often as the picture: a browser cannot take more."""
@@ -211,8 +212,8 @@ class Training(Panel):
                                                  description=name, continuous_update=False, style={"description_width": "initial"},
                                                  layout={"width": "320px"})
                    for name, values in vary.items()}
-        super().__init__(sliders, self._work, self._take, lambda axes: [one(ax, self.runs) for one, ax in zip(draw, axes)],
-                         Picture(len(draw)), **options)
+        self.fresh, self.one_each = False, draw
+        super().__init__(sliders, self._work, self._take, self._draw, Picture(len(draw)), **options)
 
     @property
     def recipe(self):
@@ -224,11 +225,16 @@ class Training(Panel):
         runs = {name: events for name, events in self.runs.items() if name != label}
         self.events = []
         self.runs = {**dict(list(runs.items())[-EARLIER_RUNS:]), label: self.events}
-        self.picture.drawn = None
-        for ax in self.picture.axes:
-            ax.clear()
-            ax.set_xlabel("")
+        self.fresh = True
         yield from launch.run(recipe, stop)
+
+    def _draw(self, axes):
+        if self.fresh:                         # another set of runs: begin on empty axes
+            self.fresh = False
+            for ax in axes:
+                ax.clear()
+        for draw, ax in zip(self.one_each, axes):
+            draw(ax, self.runs)
 
     def _take(self, event):
         self.events.append(event)
@@ -277,13 +283,13 @@ class Ladder(Panel):
             at = next((i for i, other in enumerate(self.rungs) if other["name"] == rung.name), len(others))
             self.rungs = [*others[:at], rung.to_dict(), *others[at:]]
         self.done += rung.kept is not None and rung.name != "baseline"
-        return self.done / max(1, self.total), f"{rung.name}: {len(rung.measurement.images_per_s)} runs measured"
+        return self.done / max(1, self.total), f"{rung.name}: run {len(rung.measurement.images_per_s) + 1}" if rung.kept is None else f"{rung.name}: done"
 
 
 class Prediction(widgets.VBox):
     """A question to answer with a number before measuring. `.value` is None until the learner commits to it."""
 
-    def __init__(self, question, unit="x", least=0.0, most=1000.0):
+    def __init__(self, question, unit="x", least=0.0, most=1e6):
         self.value = None
         self.box = widgets.BoundedFloatText(value=least, min=least, max=most, step=0.1, layout={"width": "110px"})
         self.button = widgets.Button(description="This is my guess", button_style="info")
@@ -297,7 +303,7 @@ class Prediction(widgets.VBox):
         """Fix the guess: a prediction that can be changed afterwards is none."""
         self.value = self.box.value
         self.box.disabled = self.button.disabled = True
-        self.said.value = f"Your prediction: <b>{self.value:g} {self.unit}</b>"
+        self.said.value = f"Your prediction: <b>{self.value:,.10g} {self.unit}</b>"
 
 
 def _escaped(text):

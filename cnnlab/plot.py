@@ -10,6 +10,7 @@ from .scaling import amdahl
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")    # Okabe and Ito: told apart by everyone
 LOST, RECORDED, PREDICTED = "#BBBBBB", "#888888", "#000000"
+CLEAR = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}       # behind text that may lie on a line
 
 
 def loss(ax, runs):
@@ -76,11 +77,13 @@ def speedups(ax, measurements, prediction=None, caveat=None):
     medians = [median for _, median, _ in quartiles]
     errors = [[median - q1 for q1, median, _ in quartiles], [q3 - median for _, median, q3 in quartiles]]
     ax.barh(names, medians, xerr=errors, color=[COLOURS[i % len(COLOURS)] for i in range(len(names))], capsize=3, height=0.6)
-    for row, median in enumerate(medians):
-        ax.annotate(f"{median:,.0f}" + (f"  ({median / medians[0]:.2f}x)" if row else ""), (median, row), (8, 10), textcoords="offset points", fontsize=9)
+    for row, (_, median, q3) in enumerate(quartiles):
+        ax.annotate(f"{median:,.0f}" + (f"  ({median / medians[0]:.2f}x)" if row else ""), (q3, row), (8, 0), textcoords="offset points",
+                    va="center", fontsize=9, bbox=CLEAR)
     if prediction:
-        ax.plot([prediction * medians[0]] * 2, [len(names) - 1.4, len(names) - 0.6], color=PREDICTED, linestyle=":", linewidth=2, label="your prediction")
-        ax.legend(frameon=False, loc="lower right")
+        x, last = prediction * medians[0], len(names) - 1
+        ax.plot([x, x], [last - 0.4, last + 0.4], color=PREDICTED, linestyle=":", linewidth=2)
+        ax.annotate("your prediction", (x, last - 0.4), (0, 2), textcoords="offset points", ha="center", fontsize=9)
     ax.invert_yaxis()
     ax.margins(x=0.25)
     ax.set_xlim(left=0)
@@ -140,7 +143,7 @@ def roofline(ax, peaks, points=None, precision="fp32"):
         ax.plot(x, y / 1e9, "o", color=COLOURS[(number + 1) % len(COLOURS)], markersize=7)
         height = max([y / 1e9, *(1.45 * below for left, below in labels if 0.3 < x / left < 3 and below < y / 1e9 * 1.45)])
         labels.append((x, height))
-        ax.annotate(name, (x, height), (8, 0), textcoords="offset points", va="center", fontsize=9)
+        ax.annotate(name, (x, height), (8, 0), textcoords="offset points", va="center", fontsize=9, bbox=CLEAR)
     ax.set_xlabel("arithmetic intensity (FLOP per byte moved)")
     ax.set_ylabel("GFLOP/s")
     ax.set_title(f"memory: {peaks['copy'] / 1e9:.0f} GB/s copied", fontsize=10)
