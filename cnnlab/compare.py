@@ -95,6 +95,8 @@ def measure(recipes, repeats=5, technique=TECHNIQUES, even_if_unfair=False, stop
     """
     from .launch import run
 
+    if not isinstance(repeats, int) or repeats < 1:
+        raise Refused(f"repeats={repeats!r} is not allowed: it must be a whole number, 1 or more; a spread needs at least 2.")
     difference = unfair(list(recipes.values()), technique)
     if difference and not even_if_unfair:
         said = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in difference.items())

@@ -5,6 +5,7 @@ The curves can be drawn again on the same axes with more data: a line that is th
 
 import numpy as np
 
+from .compare import speedup
 from .events import Evaluated, Finished, Progress
 from .scaling import amdahl
 
@@ -32,7 +33,7 @@ def accuracy(ax, runs):
         shown = [event for event in events if event.rank == 0]
         progress = [event for event in shown if isinstance(event, Progress)]
         held_out = [event for event in shown if isinstance(event, Evaluated)]
-        batch = _recipe(shown).batch_size if shown else 1
+        batch = _recipe(shown).batch_size if progress or held_out else 1
         _curve(ax, f"{number} train", [e.images for e in progress], [100 * e.accuracy for e in progress], color=colour, alpha=0.35, linewidth=1)
         _curve(ax, f"{number} test", [e.step * batch for e in held_out], [100 * e.accuracy for e in held_out], color=colour,
                marker="o", markersize=4, linewidth=1.5, label=label)
@@ -68,7 +69,7 @@ def where_time_goes(ax, runs):
 
 
 def speedups(ax, measurements, prediction=None, caveat=None):
-    """Images/s of each `Measurement` with its quartiles; speedups over the first. `prediction`: of the last's speedup.
+    """Images/s of each `Measurement` with its quartiles, and its `Speedup` over the first. `prediction`: of the last's.
 
     `caveat`: what else differs, as `compare.unfair` says; it is written on the plot.
     """
@@ -77,8 +78,10 @@ def speedups(ax, measurements, prediction=None, caveat=None):
     medians = [median for _, median, _ in quartiles]
     errors = [[median - q1 for q1, median, _ in quartiles], [q3 - median for _, median, q3 in quartiles]]
     ax.barh(names, medians, xerr=errors, color=[COLOURS[i % len(COLOURS)] for i in range(len(names))], capsize=3, height=0.6)
-    for row, (_, median, q3) in enumerate(quartiles):
-        ax.annotate(f"{median:,.0f}" + (f"  ({median / medians[0]:.2f}x)" if row else ""), (q3, row), (8, 0), textcoords="offset points",
+    gains = [speedup(measurements[names[0]], measurements[name]) for name in names]
+    for row, (gain, (_, median, q3)) in enumerate(zip(gains, quartiles)):
+        said = f"  ({gain.value:.2f}x" + ("" if gain.significant else ": no significant difference") + ")"
+        ax.annotate(f"{median:,.0f}" + (said if row else ""), (q3, row), (8, 0), textcoords="offset points",
                     va="center", fontsize=9, bbox=CLEAR)
     if prediction:
         x, last = prediction * medians[0], len(names) - 1
@@ -103,16 +106,16 @@ def ladder(ax, rungs, prediction=None, recorded=None, running=None):
     names = [rung["name"] for rung in rungs] + ([running] if running and running not in [rung["name"] for rung in rungs] else [])
     others = {rung["name"]: rung["speedup"] for rung in recorded["rungs"]} if recorded else {}
     names += [name for name in others if name not in names]
+    widest = max([2.0, *(min(rung["speedup_ci"][1], 1.5 * rung["speedup"]) for rung in rungs), *others.values(), prediction or 0])
     for row, rung in enumerate(rungs):
-        low, high = rung["speedup_ci"]
-        value = rung["speedup"]
-        colour = LOST if rung["kept"] is False else COLOURS[5] if rung["kept"] is None else COLOURS[0]
-        ax.barh(row, value, color=colour, height=0.6, hatch="//" if rung["kept"] is False else None, edgecolor="white")
+        (low, high), value, kept = rung["speedup_ci"], rung["speedup"], rung["kept"]
+        colour = LOST if kept is False else COLOURS[5] if kept is None else COLOURS[0]
+        ax.barh(row, value, color=colour, height=0.6, hatch="//" if kept is False else None, edgecolor="white")
         if 0 < low < high < float("inf"):
             ax.errorbar(value, row, xerr=[[value - low], [high - value]], color="black", capsize=3, linewidth=1)
-        verdict = {True: "", False: "  does not pay: left out", None: "  ..."}[rung["kept"]]
-        end = max(value, high if high < float("inf") else value)
-        ax.annotate(f"{value:.2f}x{verdict}", (end, row), (6, 0), textcoords="offset points", va="center", fontsize=9)
+        lost = "  slower: left out" if rung["over_below_ci"][1] < 1 else "  no significant gain: left out"
+        ax.annotate(f"{value:.2f}x" + {True: "", False: lost, None: "  ..."}[kept], (max(value, min(high, widest)), row), (6, 0),
+                    textcoords="offset points", va="center", fontsize=9, bbox=CLEAR)
     if others:
         points = [(value, names.index(name)) for name, value in others.items()]
         ax.plot(*zip(*points), "D", color=RECORDED, markersize=5, markerfacecolor="none", label=f"recorded: {recorded['machine']['name']}, {recorded['machine']['cores']} cores")
@@ -120,8 +123,7 @@ def ladder(ax, rungs, prediction=None, recorded=None, running=None):
         ax.axvline(prediction, color=PREDICTED, linestyle=":", linewidth=2, label=f"your prediction: {prediction:g}x")
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(max(len(names), 4) - 0.4, -0.6)
-    widest = max([2.0, *(min(rung["speedup_ci"][1], 2 * rung["speedup"]) for rung in rungs), *others.values(), prediction or 0])
-    ax.set_xlim(0, 1.45 * widest)
+    ax.set_xlim(0, 1.5 * widest)
     ax.set_xlabel("speedup over the naive baseline (bars: 95% confidence)")
     if others or prediction:
         ax.legend(frameon=False, loc="upper right", fontsize=9)

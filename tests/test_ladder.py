@@ -1,0 +1,206 @@
+"""The ladder on machines and speeds that are made up, and once for real."""
+
+import json
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cnnlab import ladder, machine
+from cnnlab.events import Finished
+from cnnlab.ladder import AGAIN, climb, ground, result, techniques
+from cnnlab.recipe import Recipe
+
+BASE = Recipe(model="ResNet9", batch_size=64, steps=3, warmup_steps=1)
+LAPTOP = replace(machine.describe(), cores=4, gpus=(), compiler="/usr/bin/g++", missing={"NVIDIA GPU": "none here", "second GPU": "needs two"})
+
+
+def test_a_laptop_can_try_all_but_the_gpu():
+    rungs, why_not = techniques(LAPTOP)
+    assert list(rungs) == ["threads", "channels_last", "whole-batch loader", "bf16", AGAIN + "channels_last", "torch.compile", "replicas"]
+    assert rungs["threads"] == {"threads": 4}
+    assert why_not == {"GPU": "none here"}
+
+
+def test_one_core_has_neither_threads_nor_replicas():
+    rungs, why_not = techniques(replace(LAPTOP, cores=1))
+    assert not {"threads", "replicas"} & set(rungs)
+    assert "one core" in why_not["threads"] and "one core" in why_not["replicas"]
+
+
+def test_without_a_compiler_there_is_no_torch_compile():
+    rungs, why_not = techniques(replace(LAPTOP, compiler=None, missing={**LAPTOP.missing, "C++ compiler": "apt install g++"}))
+    assert "torch.compile" not in rungs and why_not["torch.compile"] == "apt install g++"
+
+
+def test_a_gpu_adds_its_own_rungs():
+    rungs, why_not = techniques(replace(LAPTOP, gpus=("A",), missing={"second GPU": "needs two"}))
+    assert rungs["GPU"] == {"device": "cuda"} and rungs["TF32 on the GPU"] == {"precision": "tf32"}
+    assert why_not == {"replicas": "needs two"}
+
+
+def test_two_gpus_can_have_replicas():
+    rungs, why_not = techniques(replace(LAPTOP, gpus=("A", "B"), missing={}))
+    assert rungs["replicas"] == {"replicas": 2, "threads": None} and why_not == {}
+
+
+@pytest.mark.parametrize("gpus", [(), ("A",), ("A", "B", "C")])
+@pytest.mark.parametrize("cores", [1, 2, 6, 12])
+def test_every_technique_is_tried_or_has_a_reason(cores, gpus):
+    missing = {**({} if gpus else {"NVIDIA GPU": "none here"}), **({} if len(gpus) > 1 else {"second GPU": "needs two"})}
+    rungs, why_not = techniques(replace(LAPTOP, cores=cores, gpus=gpus, missing=missing))
+    assert {"threads", "torch.compile", "replicas", "GPU"} <= set(rungs) | set(why_not)
+    assert all(why_not.values()) and not set(rungs) & set(why_not)
+
+
+def test_the_ground_is_the_same_work_the_plainest_way():
+    recipe = BASE.but(threads=2, precision="bf16", loader="batch", memory_format="channels_last", compiler="inductor", replicas=2, loader_workers=1)
+    assert ground(recipe) == BASE.but(threads=1)
+    assert ground(BASE.but(device="cuda", precision="tf32")) == BASE.but(threads=1)
+
+
+@pytest.fixture
+def speeds(monkeypatch):
+    """Stands in for `launch.run`: each technique multiplies the speed by its factor. Remembers the recipes asked for."""
+    factors, asked = {}, []
+
+    def run(recipe, stop=None, env=None):
+        if stop is not None and stop.is_set():
+            return
+        asked.append((recipe, dict(env)))
+        rate = 100.0 * (1 + 0.001 * (len(asked) % 3))
+        for (field, value), factor in factors.items():
+            if getattr(recipe, field) == value:
+                rate *= factor
+        yield Finished(rank=0, steps=3, images=192, seconds=1.0, warmup_s=3.0, images_per_s=rate, step_s=0.3, waiting_s=0.1, compute_s=0.2,
+                       peak_memory_mib=300.0, accuracy=0.5 if recipe.evaluate else None)
+
+    monkeypatch.setattr("cnnlab.launch.run", run)
+    run.factors, run.asked = factors, asked
+    return run
+
+
+def outcomes(rungs, recipe=BASE, **options):
+    """The last word on each rung."""
+    found = {}
+    for rung in climb(recipe, rungs, repeats=3, seconds=0, **options):
+        found[rung.name] = rung
+    return found
+
+
+RUNGS = {"threads": {"threads": 4}, "channels_last": {"memory_format": "channels_last"}, "bf16": {"precision": "bf16"}}
+
+
+def test_what_wins_is_carried_upward_and_what_loses_is_not(speeds):
+    speeds.factors.update({("threads", 4): 2.0, ("memory_format", "channels_last"): 0.5, ("precision", "bf16"): 3.0})
+    found = outcomes(RUNGS)
+    assert {name: rung.kept for name, rung in found.items()} == {"baseline": True, "threads": True, "channels_last": False, "bf16": True}
+    assert found["channels_last"].recipe == ground(BASE).but(threads=4, memory_format="channels_last")
+    assert found["bf16"].recipe == ground(BASE).but(threads=4, precision="bf16")
+    assert found["bf16"].over_baseline.value == pytest.approx(6, rel=0.01)
+    assert found["bf16"].over_below.value == pytest.approx(3, rel=0.01) and found["bf16"].over_below.baseline == "threads"
+
+
+def test_what_makes_no_difference_is_left_out(speeds):
+    assert outcomes({"threads": {"threads": 4}})["threads"].kept is False
+
+
+def test_a_second_chance_goes_only_to_what_lost(speeds):
+    rungs = {**RUNGS, AGAIN + "channels_last": {"memory_format": "channels_last"}}
+    speeds.factors.update({("memory_format", "channels_last"): 0.5})
+    assert AGAIN + "channels_last" in outcomes(rungs)
+    speeds.factors.update({("memory_format", "channels_last"): 2.0})
+    assert AGAIN + "channels_last" not in outcomes(rungs)
+
+
+def test_the_rung_below_and_the_candidate_run_in_turn(speeds):
+    speeds.factors.update({("threads", 4): 2.0})
+    outcomes({"threads": {"threads": 4}, "bf16": {"precision": "bf16"}})
+    order = [(recipe.threads, recipe.precision) for recipe, _ in speeds.asked]
+    assert order == [(1, "fp32"), (4, "fp32")] * 3 + [(1, "fp32")] + [(4, "fp32"), (4, "bf16")] * 3
+
+
+def test_every_run_does_the_same_work(speeds):
+    outcomes(RUNGS)
+    assert {(recipe.model, recipe.batch_size, recipe.steps, recipe.seed) for recipe, _ in speeds.asked} == {("ResNet9", 64, 3, 0)}
+
+
+@pytest.mark.parametrize("cores, batch, replicas", [(4, 64, 4), (6, 64, 4), (12, 64, 8), (3, 64, 2), (6, 60, 6), (5, 7, 1)])
+def test_replicas_are_as_many_as_split_the_batch(speeds, cores, batch, replicas):
+    found = outcomes({"replicas": {"replicas": cores, "threads": None}}, BASE.but(batch_size=batch))
+    assert found["replicas"].recipe.replicas == replicas if "replicas" in found else replicas == 1
+
+
+def test_compilation_starts_from_an_empty_cache_that_is_removed(speeds):
+    outcomes(RUNGS)
+    folders = {env["TORCHINDUCTOR_CACHE_DIR"] for _, env in speeds.asked}
+    assert len(folders) == 1 and not Path(folders.pop()).exists()
+
+
+def test_a_rung_is_shown_before_its_first_run_and_after_each(speeds):
+    counts = [len(rung.measurement.images_per_s) for rung in climb(BASE, {"threads": {"threads": 4}}, repeats=3, seconds=0) if rung.name == "threads"]
+    assert counts[0] == 0 and sorted(set(counts)) == [0, 1, 2, 3] and counts == sorted(counts)
+
+
+def test_without_rungs_there_is_still_the_baseline(speeds):
+    [baseline] = outcomes({}).values()
+    assert len(baseline.measurement.images_per_s) == 3 and baseline.kept
+
+
+@pytest.mark.parametrize("after", [1, 3, 8])
+def test_a_stop_in_the_middle_keeps_what_was_decided(speeds, after):
+    stop, found = threading.Event(), {}
+    speeds.factors.update({("threads", 4): 2.0})
+    for rung in climb(BASE, RUNGS, repeats=3, seconds=0, stop=stop):
+        found[rung.name] = rung
+        if len(speeds.asked) >= after:
+            stop.set()
+    assert after <= len(speeds.asked) <= after + 1          # not every run has news for the consumer
+    undecided = [rung.name for rung in found.values() if rung.kept is None]
+    assert undecided == [list(found)[-1]]
+
+
+def test_abandoning_the_climb_removes_the_cache(speeds):
+    before = set(Path(tempfile.gettempdir()).glob("cnnlab-compiled-*"))
+    steps = climb(BASE, RUNGS)
+    next(steps)
+    ours = set(Path(tempfile.gettempdir()).glob("cnnlab-compiled-*")) - before
+    steps.close()
+    assert ours and not any(folder.exists() for folder in ours) or not ours
+
+
+def test_the_json_has_what_readers_expect(speeds):
+    speeds.factors.update({("threads", 4): 2.0})
+    outcome = json.loads(json.dumps(result(outcomes(RUNGS).values(), {"GPU": "none here"})))
+    assert {"rungs", "best", "best_recipe", "machine", "versions", "impossible", "recipe", "commit", "date"} <= set(outcome)
+    assert [rung["name"] for rung in outcome["rungs"]] == ["baseline", "threads", "channels_last", "bf16"]
+    for rung in outcome["rungs"]:
+        assert {"name", "recipe", "images_per_s", "speedup", "speedup_ci", "kept", "compile_s", "peak_memory_mib", "accuracy"} <= set(rung)
+        assert set(rung["images_per_s"]) == {"median", "q1", "q3", "n"}
+        assert rung["images_per_s"]["q1"] <= rung["images_per_s"]["median"] <= rung["images_per_s"]["q3"]
+        assert rung["images_per_s"]["n"] >= 3
+        assert rung["speedup_ci"][0] <= rung["speedup"] <= rung["speedup_ci"][1]
+        assert rung["accuracy"] == 0.5 and Recipe.from_dict(rung["recipe"])
+    assert outcome["best"] == "threads" and outcome["best_recipe"] == {"threads": 4}
+    assert outcome["machine"]["name"] and outcome["versions"]["torch"]
+
+
+def test_a_stopped_climb_can_be_summed_up(speeds):
+    speeds.factors.update({("threads", 4): 2.0})
+    found = {}
+    for rung in climb(BASE, RUNGS, repeats=3, seconds=0):
+        found[rung.name] = rung
+        if rung.name == "channels_last" and len(rung.measurement.images_per_s) == 1:
+            break
+    outcome = result(found.values(), {})
+    assert [rung["name"] for rung in outcome["rungs"]] == ["baseline", "threads"] and outcome["best"] == "threads"
+
+
+def test_a_real_climb_measures_every_rung():
+    recipe = Recipe(data="synthetic", images=64, image_size=8, batch_size=16, steps=3, warmup_steps=1)
+    found = outcomes({"whole-batch loader": {"loader": "batch"}, "channels_last": {"memory_format": "channels_last"}}, recipe)
+    assert list(found) == ["baseline", "whole-batch loader", "channels_last"]
+    assert all(rung.kept is not None and min(rung.measurement.images_per_s) > 0 for rung in found.values())
+    assert ladder.result(found.values(), {})["rungs"][1]["images_per_s"]["n"] == 3
