@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import fields
+from itertools import chain, islice
 from pathlib import Path
 
 from .recipe import CHOICES, Recipe, Refused
@@ -63,6 +64,8 @@ def parser():
 def doctor(options):
     from . import machine, record
 
+    if options.json:
+        record.check_writable(options.json)
     print("measuring ...", end="\r", file=sys.stderr)
     found, peaks = machine.describe(), machine.peaks()
     rows = {"processor": found.name, "system": found.system, "cores": found.cores, "memory": f"{found.memory_gib} GiB",
@@ -145,8 +148,9 @@ def _show(events):
 
     from .events import Evaluated, Finished, Progress, Started
 
+    first = list(islice(events, 1))         # before the bar: a refusal then stands alone
     with tqdm(unit="step", file=sys.stderr, leave=False) as bar:
-        for event in events:
+        for event in chain(first, events):
             if event.rank:
                 continue
             if isinstance(event, Started):
@@ -197,7 +201,7 @@ def _recipe_options(parser, names):
 def _recipe(options, values):
     """The recipe of `values`, changed by what was given on the command line."""
     given = {field.name: getattr(options, field.name) for field in fields(Recipe) if hasattr(options, field.name)}
-    return Recipe.from_dict({**values, **given})
+    return Recipe.from_dict({**values, **given} if isinstance(values, dict) else values)
 
 
 def _read_recipe(path):

@@ -25,6 +25,7 @@ from .recipe import Refused
 from .train import train
 
 TIMEOUT = timedelta(seconds=60)      # a collective that takes longer has lost a rank
+SPINS = "40000"      # how long a thread of GNU OpenMP spins before it sleeps: by default it blocks a core that another program needs
 PRELOAD = ["torch", "torch._dynamo", "torch.distributed.elastic.multiprocessing.api", "sklearn.datasets", "cnnlab.launch"]
 
 
@@ -62,12 +63,18 @@ def backend(recipe):
 
 def prewarm():
     """Start the process that ranks are forked from, torch already imported: the next run starts in 0.1 s."""
-    context = multiprocessing.get_context(start_method())
-    if start_method() == "forkserver":
-        context.set_forkserver_preload(PRELOAD)
-        from multiprocessing import forkserver
+    if start_method() != "forkserver":
+        return
+    from multiprocessing import forkserver
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    before = os.environ.get("GOMP_SPINCOUNT")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    try:
         forkserver.ensure_running()
-    return context
+    finally:
+        if before is None:
+            del os.environ["GOMP_SPINCOUNT"]
 
 
 def start_method():

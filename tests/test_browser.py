@@ -10,6 +10,8 @@ from PIL import Image
 
 
 def test_training_runs_live_follows_a_slider_and_stops(lab, open_lesson):
+    lesson = lab["root"] / "02_training_loop.ipynb"             # a run long enough that nothing below is a race with its end
+    lesson.write_text(lesson.read_text().replace("epochs=4 if quick else 20", "epochs=400"))
     page = open_lesson("02_training_loop.ipynb")
     run_all(page)
     panel = page.locator(".cnnlab-panel")
@@ -106,7 +108,7 @@ def kernel_answers(page):
 
 
 def ranks_alive():
-    """Processes of ours that are still training: they are the ones that the fork server has forked."""
+    """Processes of this JupyterLab that are still training: they are the ones that a kernel's fork server has forked."""
     time.sleep(1)
-    servers = [process for process in psutil.process_iter(["cmdline"]) if "multiprocessing.forkserver" in " ".join(process.info["cmdline"] or [])]
+    servers = [process for process in psutil.Process().children(recursive=True) if "multiprocessing.forkserver" in " ".join(process.cmdline())]
     return [child for server in servers for child in server.children()]

@@ -1,6 +1,7 @@
 """Real runs in real processes: their events, their failures, and that nothing is left behind."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -127,10 +128,24 @@ def test_ranks_share_a_batch_under_every_loader():
     assert mean_losses(recipe) == pytest.approx(mean_losses(recipe.but(replicas=1, loader="sample", loader_workers=0)), abs=1e-4)
 
 
-def test_batch_normalisation_is_evaluated_alike_in_all_ranks():
-    recipe = SHORT.but(model="ResNet9", width=4, replicas=2, evaluate=True)
-    accuracies = [event.accuracy for event in launch.run(recipe) if isinstance(event, (Evaluated, Finished))]
-    assert len(accuracies) == 4 and len(set(accuracies)) == 1
+def evaluating(rank, world):
+    """Accuracy and loss of a network whose batch-norm statistics differ from rank to rank."""
+    import torch
+
+    from cnnlab import data, model
+    from cnnlab.train import evaluate
+
+    recipe = Recipe(model="ResNet9", width=4)
+    network = model.build(recipe, (1, 32, 10))
+    for buffer in network.buffers():
+        buffer += rank
+    yield evaluate(network, recipe, data.digits().test, torch.device("cpu"), rank, world)
+
+
+def test_ranks_evaluate_the_network_of_rank_0_on_each_image_once():
+    [alone] = evaluating(0, 1)
+    for found in launch.stream(evaluating, (), 2):
+        assert found == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_run_is_the_same_as_in_this_process():
@@ -177,6 +192,11 @@ def test_what_this_machine_lacks_is_refused_before_anything_starts(monkeypatch):
 def test_bad_data_are_refused_here_and_name_no_rank():
     with pytest.raises(Refused, match="batch_size=2000"):
         next(launch.run(Recipe(batch_size=2000)))
+
+
+def test_what_a_rank_refuses_is_a_refusal():
+    with pytest.raises(Refused, match="VGG16.*multiple of 32 pixels, not 20"):
+        list(launch.run(Recipe(model="VGG16", data="synthetic", image_size=20, replicas=2)))
 
 
 # Failures
@@ -300,6 +320,20 @@ def test_ranks_that_come_while_the_run_is_being_stopped_are_stopped_too():
     until(lambda: not ranks_alive(), "a rank slipped through", seconds=1)
 
 
+def test_a_rank_that_comes_after_the_stop_gets_no_job(tmp_path):
+    stopped, pids = threading.Event(), {}
+    stopped.set()
+    with launch.Listener(os.path.join(tempfile.gettempdir(), "socket")) as listener:
+        reader = threading.Thread(target=launch._read, args=(listener, b"the job", queue.Queue(), threading.Event(), stopped, pids))
+        reader.start()
+        with launch.Client(listener.address) as connection:
+            connection.send((3, 12345))
+            with pytest.raises((EOFError, OSError)):
+                connection.recv_bytes()
+        reader.join(10)
+    assert pids == {3: 12345}                   # to be killed
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_abandoning_the_iteration_ends_the_run(world):
     events = launch.stream(endless, (), world)
@@ -354,8 +388,7 @@ def test_a_run_in_a_thread_of_its_own_works():
 
 # When the notebook itself goes
 
-PARENT = """
-    import sys
+TRAINING = """
     from cnnlab.launch import run
     from cnnlab.events import Progress
     from cnnlab.recipe import Recipe
@@ -366,16 +399,31 @@ PARENT = """
                 print("training", flush=True)
 """
 
+SILENT = """
+    import time
+    from cnnlab.launch import stream
 
-def test_no_rank_outlives_a_killed_parent(tmp_path):
+    def silent(rank, world):
+        yield rank
+        time.sleep(600)
+
+    if __name__ == "__main__":
+        for number, _ in enumerate(stream(silent, (), 2)):
+            if number == 1:
+                print("training", flush=True)
+"""
+
+
+@pytest.mark.parametrize("parent, processes", [(TRAINING, 5), (SILENT, 3)], ids=["training", "silent"])
+def test_no_rank_outlives_a_killed_parent(tmp_path, parent, processes):
     script = tmp_path / "parent.py"
-    script.write_text(textwrap.dedent(PARENT))
+    script.write_text(textwrap.dedent(parent))
     environment = {**os.environ, "TMPDIR": str(tmp_path)}       # nobody is left to remove its folders
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert parent.stdout.readline() == "training\n"
         below = psutil.Process(parent.pid).children(recursive=True)
-        assert len(below) >= 4                  # fork server, two ranks, their loader workers
+        assert len(below) >= processes          # fork server, two ranks, and their loader workers
         parent.kill()
         parent.wait()
         until(lambda: not alive(below), "ranks are left")

@@ -105,6 +105,15 @@ def test_the_clock_runs_while_training():
     assert clock.seconds >= 0.1
 
 
+def test_the_clock_adds_up():
+    clock = speed.Clock(CPU)
+    for _ in range(3):
+        clock.resume()
+        time.sleep(0.1)
+        clock.pause()
+    assert clock.seconds >= 0.3
+
+
 def test_waiting_counts_the_loader_but_not_the_work():
     def loader():
         for number in range(3):
