@@ -146,11 +146,13 @@ def _show(events):
     """Print a run: a bar while it trains, a line at each evaluation and at the end."""
     from tqdm.auto import tqdm
 
-    from .events import Evaluated, Finished, Progress, Started
+    from .events import Evaluated, Failed, Finished, Progress, Started
 
     first = list(islice(events, 1))         # before the bar: a refusal then stands alone
     with tqdm(unit="step", file=sys.stderr, leave=False) as bar:
         for event in chain(first, events):
+            if isinstance(event, Failed):
+                bar.write(f"rank {event.rank} failed: {event.error}", file=sys.stdout)
             if event.rank:
                 continue
             if isinstance(event, Started):
@@ -169,6 +171,8 @@ def _show(events):
 
 
 def _line(rung):
+    if rung.failed:
+        return f"{rung.name:24} failed, left out: {rung.failed}"
     verdict = "kept" if rung.kept else "does not pay, left out"
     return f"{rung.name:24} {rung.measurement.quartiles[1]:10,.0f} images/s  {rung.over_baseline.value:5.2f}x baseline  {verdict}: {rung.over_below}"
 

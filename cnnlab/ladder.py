@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from . import machine as machine_of
 from . import record
 from .compare import Measurement, Speedup, measure, speedup
+from .launch import RankError
 from .recipe import changes
 
 AGAIN = "again: "     # in the name of a rung that lost once and gets a second chance, on a different footing
@@ -16,13 +17,14 @@ AGAIN = "again: "     # in the name of a rung that lost once and gets a second c
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """One technique on the ladder. `kept` is None while it is being measured."""
+    """One technique on the ladder. `kept` is None while it is being measured; `failed` is the error that ended it."""
 
     name: str
     measurement: Measurement
     over_baseline: Speedup | None = None
     over_below: Speedup | None = None
     kept: bool | None = None
+    failed: str | None = None
 
     @property
     def recipe(self):
@@ -76,46 +78,57 @@ def climb(recipe, rungs, repeats=5, seconds=4.0, stop=None):
     """
     cache = tempfile.mkdtemp(prefix="cnnlab-compiled-")     # empty: compile times are those of a first time
     options = dict(stop=stop, env={"TORCHINDUCTOR_CACHE_DIR": cache})
-    baseline = below = Rung(name="baseline", measurement=Measurement(name="baseline", recipe=ground(recipe)), kept=True)
-    lost, took = set(), None
+    baseline = below = _judged(Rung(name="baseline", measurement=Measurement(name="baseline", recipe=ground(recipe)), kept=True))
+    lost, often = set(), repeats
     try:
         yield baseline
         if not rungs:
             for found in measure({"baseline": baseline.recipe}, repeats, **options):
-                baseline = _judged(replace(baseline, measurement=found["baseline"]), found["baseline"], None)
-                yield baseline
+                yield replace(baseline, measurement=found["baseline"])
         for name, change in rungs.items():
             candidate = _with(below.recipe, change)
             if candidate == below.recipe or name.startswith(AGAIN) and name.removeprefix(AGAIN) not in lost:
                 continue
             rung, began = Rung(name=name, measurement=Measurement(name=name, recipe=candidate)), time.monotonic()
-            yield rung
-            if below.name != "baseline":
-                for found in measure({"baseline": baseline.recipe}, 1, **options):
-                    baseline = _judged(replace(baseline, measurement=_more(baseline.measurement, found["baseline"])), None, None)
-                    yield baseline
-            pair, often = {}, max(repeats, min(3 * repeats, int(seconds / (2 * took))) if took else 0)
-            for pair in measure({below.name: below.recipe, name: candidate}, often, **options):
-                if below.name == "baseline":
-                    baseline = below = _judged(replace(below, measurement=pair["baseline"]), None, None)
-                    yield baseline
-                rung = _judged(replace(rung, measurement=pair[name]), baseline.measurement, pair[below.name])
-                if rung.measurement.images_per_s:
-                    yield rung
+            for rung, baseline in _tried(rung, below, baseline, often, options):
+                yield baseline
+                yield rung
             if stop is not None and stop.is_set():
                 return
-            rung = replace(rung, kept=rung.over_below.low > 1)
-            took = (time.monotonic() - began) / (2 * often)      # a run, as a guide for the next rung's repeats
+            rung = replace(rung, kept=not rung.failed and rung.over_below.low > 1)
             yield rung
+            took = (time.monotonic() - began) / (2 * often)      # a run, as a guide for the next rung's repeats
+            often = max(repeats, min(3 * repeats, int(seconds / (2 * took))))
             lost = lost if rung.kept else lost | {name}
-            below = rung if rung.kept else below
+            below = rung if rung.kept else baseline if below.name == "baseline" else below
     finally:
         shutil.rmtree(cache, ignore_errors=True)
 
 
+def _tried(rung, below, baseline, often, options):
+    """Run the rung below and this one in turn; yield (rung, baseline) at the start and after each run.
+
+    When this rung's rank fails, the rung says so at the end; when those fail that have run before, `RankError` is raised.
+    """
+    yield rung, baseline
+    if below.name != "baseline":
+        for found in measure({"baseline": baseline.recipe}, 1, **options):
+            baseline = replace(baseline, measurement=_more(baseline.measurement, found["baseline"]))
+    try:
+        for pair in measure({below.name: below.recipe, rung.name: rung.recipe}, often, **options):
+            baseline = replace(baseline, measurement=pair["baseline"]) if below.name == "baseline" else baseline
+            rung = _judged(replace(rung, measurement=pair[rung.name]), baseline.measurement, pair[below.name])
+            yield rung, baseline
+    except RankError as error:
+        if not baseline.measurement.images_per_s:
+            raise
+        yield replace(rung, failed=error.error), baseline
+
+
 def result(rungs, impossible):
     """A finished climb as JSON-safe values: the rungs, what could not be tried, the best recipe, and what ran where."""
-    rungs = [rung for rung in rungs if rung.kept is not None]
+    impossible = impossible | {rung.name: f"it failed here: {rung.failed}" for rung in rungs if rung.failed}
+    rungs = [rung for rung in rungs if rung.kept is not None and not rung.failed]
     best = [rung for rung in rungs if rung.kept][-1]
     machine = machine_of.describe()
     return {"rungs": [rung.to_dict() for rung in rungs], "best": best.name, "impossible": impossible,
@@ -130,7 +143,7 @@ def _with(recipe, change):
     return recipe.but(**{**change, "replicas": max(n for n in range(1, most + 1) if recipe.batch_size % n == 0)})
 
 
-def _judged(rung, baseline, below):
+def _judged(rung, baseline=None, below=None):
     """The rung with its speedups over the baseline and over the rung below; for the baseline itself, 1."""
     if rung.name == "baseline":
         one = Speedup(value=1.0, low=1.0, high=1.0, baseline="baseline")

@@ -156,7 +156,7 @@ def _sysctl(name):
 
 
 def _compiler():
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+    names = os.environ.get("CXX", "").split()[:1] or ["g++", "clang++", "cl"]
     return next((path for path in map(shutil.which, names) if path), None)
 
 

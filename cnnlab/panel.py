@@ -278,7 +278,7 @@ class Ladder(Panel):
 
     def _take(self, rung):
         self.running = rung.name if rung.kept is None else None
-        if rung.measurement.images_per_s:
+        if rung.measurement.images_per_s and not rung.failed:
             others = [other for other in self.rungs if other["name"] != rung.name]
             at = next((i for i, other in enumerate(self.rungs) if other["name"] == rung.name), len(others))
             self.rungs = [*others[:at], rung.to_dict(), *others[at:]]

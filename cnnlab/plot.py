@@ -6,7 +6,7 @@ The curves can be drawn again on the same axes with more data: a line that is th
 import numpy as np
 
 from .compare import speedup
-from .events import Evaluated, Finished, Progress
+from .events import Evaluated, Finished, Progress, Started
 from .scaling import amdahl
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")    # Okabe and Ito: told apart by everyone
@@ -181,7 +181,8 @@ def losses_of(events):
     for event in events:
         if isinstance(event, Progress):
             ranks.setdefault(event.rank, []).extend(event.losses)
-    if not ranks:
+    world = max((event.world for event in events if isinstance(event, Started)), default=0)
+    if not ranks or len(ranks) < world:
         return [], []
     batch, done = _recipe(events).batch_size, min(map(len, ranks.values()))
     losses = np.mean([losses[:done] for losses in ranks.values()], axis=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cnnlab import ladder, machine
+from cnnlab import ladder, launch, machine
 from cnnlab.events import Finished
 from cnnlab.ladder import AGAIN, climb, ground, result, techniques
 from cnnlab.recipe import Recipe
@@ -105,6 +105,21 @@ def test_what_wins_is_carried_upward_and_what_loses_is_not(speeds):
 
 def test_what_makes_no_difference_is_left_out(speeds):
     assert outcomes({"threads": {"threads": 4}})["threads"].kept is False
+
+
+def test_a_rung_that_fails_is_left_out_and_the_climb_goes_on(speeds, monkeypatch):
+    speeds.factors["precision", "bf16"] = 2.0
+
+    def run(recipe, stop=None, env=None):
+        if recipe.compiler == "inductor":
+            raise launch.RankError(0, "CppCompileError: broken compiler", "its traceback")
+        return speeds(recipe, stop, env)
+
+    monkeypatch.setattr(launch, "run", run)
+    found = outcomes({"torch.compile": {"compiler": "inductor"}, "bf16": {"precision": "bf16"}})
+    outcome = result(found.values(), {})
+    assert [rung["name"] for rung in outcome["rungs"]] == ["baseline", "bf16"]
+    assert outcome["best"] == "bf16" and "broken compiler" in outcome["impossible"]["torch.compile"]
 
 
 def test_a_second_chance_goes_only_to_what_lost(speeds):
