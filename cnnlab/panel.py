@@ -75,9 +75,9 @@ class Panel(widgets.VBox):
     """Controls, Run and Stop, a line that says what happens, and a picture.
 
     `controls`: {name: widget}. `work(values, stop)` is a generator that does the work until it ends or the event
-    `stop` is set; each thing that it yields goes to `take(thing)`, which returns (share done or None, a line of
-    text). `draw(axes)` draws what has been taken in. With `follow`, moving a control while a run is on, or after
-    one, starts anew with the new value.
+    `stop` is set; each thing that it yields goes to `take(thing)`, which returns (share done, a line of text), or
+    None when there is nothing to say. `draw(axes)` draws what has been taken in. With `follow`, moving a control
+    while a run is on, or after one, starts anew with the new value.
 
     Where CNNLAB_UNATTENDED is set (tests, exports: nobody is there to press Run) showing the panel runs it to its end.
     """
@@ -85,7 +85,7 @@ class Panel(widgets.VBox):
     def __init__(self, controls, work, take, draw, picture, follow=True, hint="Press Run."):
         self.controls, self.work, self.take, self.draw, self.picture = controls, work, take, draw, picture
         self.lock, self.stop_event, self.thread, self.handle = threading.Lock(), threading.Event(), None, None
-        self.changed, self.started = threading.Event(), 0.0
+        self.changed, self.started, self.said = threading.Event(), False, 0.0
         self.run_button = widgets.Button(description="Run", icon="play", button_style="primary", layout={"width": "90px"})
         self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True, layout={"width": "90px"})
         self.bar = widgets.FloatProgress(min=0, max=1, layout={"width": "160px"})
@@ -116,7 +116,7 @@ class Panel(widgets.VBox):
         """Start, or start anew. Returns at once."""
         with self.lock:
             self.stop_event.set()
-            self.stop_event, self.started = threading.Event(), time.monotonic()
+            self.stop_event, self.started = threading.Event(), True
             self.thread = threading.Thread(target=self._supervise, args=(self.values, self.stop_event, self.thread), daemon=True)
             self.thread.start()
 
@@ -133,18 +133,19 @@ class Panel(widgets.VBox):
         if before:
             before.join()
         if stop.is_set():
-            return
+            return self._rest("Stopped.", stop)
         self.run_button.disabled, self.stop_button.disabled, self.bar.bar_style = True, False, ""
         over = threading.Event()
         drawer = threading.Thread(target=self._keep_drawing, args=(over,), daemon=True)
         drawer.start()
-        last = "Stopped."
+        last = ""
         try:
             self._say(0.0, "starting ...")
             for thing in self.work(values, stop):
-                share, line = self.take(thing)
-                self._say(share, line)
+                share, line = self.take(thing) or (None, last)
                 last = line
+                if share is not None:
+                    self._say(share, line)
                 self.changed.set()
             self.bar.bar_style = "" if stop.is_set() else "success"
             last = "Stopped. " + last if stop.is_set() else last
@@ -156,19 +157,20 @@ class Panel(widgets.VBox):
             last, self.bar.bar_style = f"<b>The panel failed:</b><pre>{_escaped(traceback.format_exc())}</pre>", "danger"
         over.set()
         drawer.join()
-        if self.stop_event is stop:            # else a newer run has begun already
-            self.status.value = last
+        self._rest(last, stop)
+
+    def _rest(self, line, stop):
+        """Ready for the next Run; nothing to do when a newer run has begun already."""
+        if self.stop_event is stop:
+            self.status.value = line
             self.run_button.disabled, self.stop_button.disabled = False, True
             self._keep()
 
     def _say(self, share, line):
         """Progress, at most as often as the picture: a browser cannot take more."""
         now = time.monotonic()
-        if share in (0.0, None) or share >= 1 or now - getattr(self, "said", 0) > REDRAW_EVERY:
-            self.said = now
-            self.status.value = line
-            if share is not None:
-                self.bar.value = share
+        if share in (0.0, 1.0) or now - self.said > REDRAW_EVERY:
+            self.said, self.status.value, self.bar.value = now, line, share
 
     def _keep_drawing(self, over):
         while not over.wait(REDRAW_EVERY):
@@ -245,7 +247,7 @@ class Training(Panel):
         if isinstance(event, Finished):
             held_out = "" if event.accuracy is None else f", held-out accuracy {100 * event.accuracy:.1f}%"
             return 1.0, f"{event.images:,} images in {event.seconds:.1f} s: {event.images_per_s:,.0f} images/s{held_out}"
-        return None, self.status.value
+        return None
 
 
 class Ladder(Panel):

@@ -17,7 +17,7 @@ CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--
             "--disable-component-update", "--disable-sync"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """Address and token of a JupyterLab that serves a copy of the lessons, with settings of its own."""
     home = tmp_path_factory.mktemp("lab")
@@ -45,7 +45,7 @@ def lab(tmp_path_factory):
         server.wait(20)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     """Debian's or the user's Chromium."""
     path = next((found for found in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if found), None)

@@ -1,0 +1,140 @@
+"""Panels without a browser: what their threads do with runs, stops, sliders and failures."""
+
+import io
+import threading
+import time
+
+import psutil
+import pytest
+from PIL import Image
+
+from cnnlab import launch, panel
+from cnnlab.events import Finished
+from cnnlab.recipe import Recipe
+
+SHORT = Recipe(steps=12, batch_size=64, evaluate=False)
+LONG = SHORT.but(steps=100_000, evaluate=True)
+SIZES = {"batch_size": [32, 64, 128]}
+
+
+@pytest.fixture
+def live(request):
+    made = panel.Training(getattr(request, "param", SHORT), SIZES)
+    yield made
+    made.stop()
+    made.wait()
+
+
+def test_a_run_ends_with_its_figures_and_a_picture(live):
+    live.run()
+    live.wait()
+    assert isinstance(live.events[-1], Finished) and "images/s" in live.status.value
+    assert not live.run_button.disabled and live.stop_button.disabled and live.bar.value == 1
+    assert Image.open(io.BytesIO(live.image.value)).size == (1600, 620)
+
+
+def test_run_returns_at_once(live):
+    began = time.monotonic()
+    live.run()
+    assert time.monotonic() - began < 1 and live.thread.is_alive()
+
+
+@pytest.mark.parametrize("live", [LONG], indirect=True)
+def test_stop_ends_the_processes(live):
+    live.run()
+    wait_for(lambda: "step" in live.status.value)
+    live.stop()
+    live.wait()
+    assert live.status.value.startswith("Stopped.") and not live.run_button.disabled
+    wait_for(lambda: not ranks())
+
+
+@pytest.mark.parametrize("live", [LONG], indirect=True)
+def test_a_moved_slider_trains_anew_and_keeps_the_earlier_run(live):
+    live.controls["batch_size"].value = 32
+    assert live.thread is None                                # nothing was asked for yet
+    live.run()
+    wait_for(lambda: "step" in live.status.value)
+    live.controls["batch_size"].value = 128
+    wait_for(lambda: live.events and live.events[0].recipe.batch_size == 128)
+    assert list(live.runs) == ["batch_size=32", "batch_size=128"] and live.recipe.batch_size == 128
+    assert len(ranks()) <= 1                                  # the one before is gone
+
+
+@pytest.mark.parametrize("live", [LONG], indirect=True)
+def test_hectic_hands_leave_one_run_or_none(live):
+    before = threading.active_count()
+    for value in (32, 64, 128, 64, 32, 128):
+        live.run()
+        live.controls["batch_size"].value = value
+        live.stop()
+    live.run()
+    live.stop()                                               # before it could begin
+    live.wait()
+    assert not live.run_button.disabled and live.stop_button.disabled
+    wait_for(lambda: not ranks() and threading.active_count() <= before)
+
+
+def test_what_this_machine_cannot_run_is_said_in_the_panel(live):
+    live.base = live.base.but(data="synthetic", images=32, batch_size=16)      # the slider asks for batches of 64
+    live.run()
+    live.wait()
+    assert "larger than the data" in live.status.value and not live.run_button.disabled
+
+
+def test_a_failed_rank_is_named_in_the_panel(live, monkeypatch):
+    def run(recipe, stop):
+        raise launch.RankError(1, "ValueError: no", "Traceback: <here>")
+        yield
+
+    monkeypatch.setattr(launch, "run", run)
+    live.run()
+    live.wait()
+    assert "Rank 1 failed" in live.status.value and "&lt;here&gt;" in live.status.value
+
+
+def test_without_a_reader_the_panel_runs_by_itself(live, monkeypatch):
+    monkeypatch.setenv("CNNLAB_UNATTENDED", "1")
+    live._ipython_display_()
+    assert isinstance(live.events[-1], Finished)
+
+
+def test_only_points_are_drawn_while_nothing_else_changes(live):
+    live.run()
+    live.wait()
+    live.picture.png(live.draw)
+    background = live.picture.background
+    again = live.picture.png(live.draw)
+    assert live.picture.background is background              # the axes were not drawn anew
+    fresh = panel.Picture(2)
+    assert Image.open(io.BytesIO(again)).tobytes() == Image.open(io.BytesIO(fresh.png(live.draw))).tobytes()
+
+
+def test_the_ladder_panel_climbs_what_is_chosen():
+    climb = panel.Ladder(Recipe(batch_size=256, steps=3, warmup_steps=1, evaluate=False), repeats=2, seconds=0)
+    for name, box in climb.controls.items():
+        if name not in ("channels_last", "repeats"):
+            box.value = False
+    climb.run()
+    climb.wait()
+    assert [rung["name"] for rung in climb.outcome["rungs"]] == ["baseline", "channels_last"]
+
+
+def test_a_prediction_counts_once_it_is_made():
+    guess = panel.Prediction("how many?")
+    assert guess.value is None
+    guess.box.value = 3.5
+    guess.commit()
+    assert guess.value == 3.5 and guess.box.disabled
+
+
+def ranks():
+    servers = [process for process in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(process.cmdline())]
+    return [child for server in servers for child in server.children()]
+
+
+def wait_for(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
