@@ -136,7 +136,8 @@ def replay(options):
     from . import record
 
     loaded = record.load(options.file)
-    print(f"recorded {loaded.date} on {loaded.machine['name']}, {loaded.machine['cores']} cores, torch {loaded.versions['torch']}, commit {loaded.commit}")
+    print(f"recorded {loaded.date} on {loaded.machine['name']}, {loaded.machine['cores']} cores, torch {loaded.versions['torch']}, "
+          f"commit {loaded.commit}")
     _show(iter(loaded.events))
     if loaded.truncated:
         print(f"cnnlab: the record is truncated: {loaded.truncated}.", file=sys.stderr)
@@ -174,7 +175,8 @@ def _line(rung):
     if rung.failed:
         return f"{rung.name:24} failed, left out: {rung.failed}"
     verdict = "kept" if rung.kept else "does not pay, left out"
-    return f"{rung.name:24} {rung.measurement.quartiles[1]:10,.0f} images/s  {rung.over_baseline.value:5.2f}x baseline  {verdict}: {rung.over_below}"
+    return (f"{rung.name:24} {rung.measurement.quartiles[1]:10,.0f} images/s  {rung.over_baseline.value:5.2f}x baseline  "
+            f"{verdict}: {rung.over_below}")
 
 
 def _draw(outcome, path):
@@ -186,7 +188,9 @@ def _draw(outcome, path):
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     plot.ladder(figure.subplots(), outcome["rungs"])
-    figure.suptitle(f"{outcome['recipe']['model']} on {outcome['machine']['name']}, {outcome['machine']['cores']} cores, torch {outcome['versions']['torch']}", fontsize=10)
+    machine, versions = outcome["machine"], outcome["versions"]
+    title = f"{outcome['recipe']['model']} on {machine['name']}, {machine['cores']} cores, torch {versions['torch']}"
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150, format="png")
 
 

@@ -49,7 +49,8 @@ def _agree(expected, got):
 
 def _short(value):
     if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}" + (f" with mean {value.float().mean():.4f}" if value.numel() > 4 else f" {[round(v, 4) for v in value.flatten().tolist()]}")
+        few = [round(number, 4) for number in value.flatten().tolist()[:5]]
+        return f"a tensor of shape {tuple(value.shape)}" + (f" {few}" if len(few) < 5 else f" with mean {value.float().mean():.4f}")
     if value is ...:
         return "nothing yet (...)"
     return f"{type(value).__name__}: {value}" if isinstance(value, Exception) else repr(value)

@@ -36,14 +36,16 @@ class Rung:
         base, below = self.over_baseline, self.over_below
         return {"name": self.name, "recipe": self.recipe.to_dict(),
                 "images_per_s": {"median": median, "q1": q1, "q3": q3, "n": len(self.measurement.images_per_s)},
-                "speedup": base.value, "speedup_ci": [base.low, base.high], "over_below": below.value, "over_below_ci": [below.low, below.high],
+                "speedup": base.value, "speedup_ci": [base.low, base.high],
+                "over_below": below.value, "over_below_ci": [below.low, below.high],
                 "below": below.baseline, "kept": self.kept, "compile_s": self.measurement.compile_s,
                 "peak_memory_mib": self.measurement.peak_memory_mib, "accuracy": self.measurement.accuracy}
 
 
 def techniques(machine):
     """What can be tried on this machine, from the ground up: ({name: changes to a recipe}, {name: why not})."""
-    gpu = machine.gpus and {"GPU": {"device": "cuda"}, "TF32 on the GPU": {"precision": "tf32"}, "channels_last on the GPU": {"memory_format": "channels_last"},
+    gpu = machine.gpus and {"GPU": {"device": "cuda"}, "TF32 on the GPU": {"precision": "tf32"},
+                            "channels_last on the GPU": {"memory_format": "channels_last"},
                             "bf16 on the GPU": {"precision": "bf16"}, "torch.compile on the GPU": {"compiler": "inductor"}}
     replicas = len(machine.gpus) if len(machine.gpus) > 1 else machine.cores
     rungs = {

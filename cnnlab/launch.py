@@ -146,13 +146,15 @@ def _cause(inbox, first):
         except queue.Empty:
             break
     found = [item for item in found if item[1] in ("error", "gone", "agent")]
-    is_echo = lambda item: item[1] == "error" and any(word in item[2][1] for word in ("gloo", "NCCL", "Connection closed", "Connection reset"))
+    echoes = ("gloo", "NCCL", "Connection closed", "Connection reset")
+    is_echo = lambda item: item[1] == "error" and any(word in item[2][1] for word in echoes)
     order = lambda item: ("error", "gone", "agent").index(item[1]) + 3 * is_echo(item)
     rank, kind, content = min(found, key=order)
     if kind == "error":
         return rank, *content
     if kind == "gone":
-        return rank, "the process was killed", f"rank {rank} ended without a word: it was killed, or ran out of memory, or crashed in native code.\n"
+        text = f"rank {rank} ended without a word: it was killed, or ran out of memory, or crashed in native code.\n"
+        return rank, "the process was killed", text
     return rank, "the process did not start", content
 
 

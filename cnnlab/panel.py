@@ -285,7 +285,8 @@ class Ladder(Panel):
             at = next((i for i, other in enumerate(self.rungs) if other["name"] == rung.name), len(others))
             self.rungs = [*others[:at], rung.to_dict(), *others[at:]]
         self.done += rung.kept is not None and rung.name != "baseline"
-        return self.done / max(1, self.total), f"{rung.name}: run {len(rung.measurement.images_per_s) + 1}" if rung.kept is None else f"{rung.name}: done"
+        doing = "done" if rung.kept is not None else f"run {len(rung.measurement.images_per_s) + 1}"
+        return self.done / max(1, self.total), f"{rung.name}: {doing}"
 
 
 class Prediction(widgets.VBox):
@@ -298,7 +299,8 @@ class Prediction(widgets.VBox):
         self.said = widgets.HTML()
         self.unit = unit
         self.button.on_click(self.commit)
-        super().__init__([widgets.HTML(f"<b>Predict:</b> {question}"), widgets.HBox([self.box, widgets.Label(unit), self.button, self.said])])
+        answer = widgets.HBox([self.box, widgets.Label(unit), self.button, self.said])
+        super().__init__([widgets.HTML(f"<b>Predict:</b> {question}"), answer])
         self.add_class("cnnlab-prediction")
 
     def commit(self, _=None):

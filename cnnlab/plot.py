@@ -34,7 +34,8 @@ def accuracy(ax, runs):
         progress = [event for event in shown if isinstance(event, Progress)]
         held_out = [event for event in shown if isinstance(event, Evaluated)]
         batch = _recipe(shown).batch_size if progress or held_out else 1
-        _curve(ax, f"{number} train", [e.images for e in progress], [100 * e.accuracy for e in progress], color=colour, alpha=0.35, linewidth=1)
+        _curve(ax, f"{number} train", [e.images for e in progress], [100 * e.accuracy for e in progress], color=colour,
+               alpha=0.35, linewidth=1)
         _curve(ax, f"{number} test", [e.step * batch for e in held_out], [100 * e.accuracy for e in held_out], color=colour,
                marker="o", markersize=4, linewidth=1.5, label=label)
     _frame(ax, "accuracy (%): held out (points), training (faint)", "training images seen", runs)
@@ -118,7 +119,8 @@ def ladder(ax, rungs, prediction=None, recorded=None, running=None):
                     textcoords="offset points", va="center", fontsize=9, bbox=CLEAR)
     if others:
         points = [(value, names.index(name)) for name, value in others.items()]
-        ax.plot(*zip(*points), "D", color=RECORDED, markersize=5, markerfacecolor="none", label=f"recorded: {recorded['machine']['name']}, {recorded['machine']['cores']} cores")
+        where = f"recorded: {recorded['machine']['name']}, {recorded['machine']['cores']} cores"
+        ax.plot(*zip(*points), "D", color=RECORDED, markersize=5, markerfacecolor="none", label=where)
     if prediction:
         ax.axvline(prediction, color=PREDICTED, linestyle=":", linewidth=2, label=f"your prediction: {prediction:g}x")
     ax.set_yticks(range(len(names)), names)
@@ -139,7 +141,8 @@ def roofline(ax, peaks, points=None, precision="fp32"):
     shown = [name for name in peaks if name != "copy"]
     for number, name in enumerate(shown):
         style = dict(color=COLOURS[number], linewidth=2 if name == precision else 1, alpha=1 if name == precision else 0.6)
-        ax.loglog(intensity, np.minimum(peaks["copy"] * intensity, peaks[name]) / 1e9, label=f"{name} peak {peaks[name] / 1e9:,.0f} GFLOP/s", **style)
+        roof = np.minimum(peaks["copy"] * intensity, peaks[name]) / 1e9
+        ax.loglog(intensity, roof, label=f"{name} peak {peaks[name] / 1e9:,.0f} GFLOP/s", **style)
     labels = []                              # (x, y) of each: one that would lie on another moves up
     for number, (name, (x, y)) in enumerate(sorted((points or {}).items(), key=lambda item: item[1][1])):
         ax.plot(x, y / 1e9, "o", color=COLOURS[(number + 1) % len(COLOURS)], markersize=7)
