@@ -25,7 +25,11 @@ from .recipe import Refused
 from .train import train
 
 TIMEOUT = timedelta(seconds=60)      # a collective that takes longer has lost a rank
-SPINS = "40000"      # how long a thread of GNU OpenMP spins before it sleeps: by default it blocks a core that another program needs
+ENVIRONMENT = {                      # for the ranks, read when their libraries load; what the user has set stays
+    "GOMP_SPINCOUNT": "40000",       # a thread of GNU OpenMP that waits soon sleeps: else it blocks a core that others need
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),     # glibc keeps freed memory: else, in some runs and not in others, every step
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),     # gives it back and fetches it anew: measured, a quarter of the speed
+}
 PRELOAD = ["torch", "torch._dynamo", "torch.distributed.elastic.multiprocessing.api", "sklearn.datasets", "cnnlab.launch"]
 
 
@@ -68,13 +72,13 @@ def prewarm():
     from multiprocessing import forkserver
 
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    before = os.environ.get("GOMP_SPINCOUNT")
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    ours = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
         forkserver.ensure_running()
     finally:
-        if before is None:
-            del os.environ["GOMP_SPINCOUNT"]
+        for name in ours:
+            del os.environ[name]
 
 
 def start_method():

@@ -55,6 +55,7 @@ def main(rounds):
             rates["inline"].append(float(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
             rates["run()"].append(next(event.images_per_s for event in run(recipe) if isinstance(event, Finished)))
         inline, packaged = (Measurement(name=name, recipe=recipe, images_per_s=tuple(values)) for name, values in rates.items())
+        print("inline:", *(f"{rate:.0f}" for rate in rates["inline"]), " run():", *(f"{rate:.0f}" for rate in rates["run()"]))
         print(f"{model}, batch {batch_size}: inline {inline.quartiles[1]:,.0f}, run() {packaged.quartiles[1]:,.0f} images/s: {speedup(inline, packaged)}")
 
 
