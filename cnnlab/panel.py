@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from . import launch, machine, plot
-from .events import Failed, Finished, Progress, Started
+from .events import Finished, Progress, Started
 from .ladder import climb as climb_ladder
 from .ladder import result, techniques
 from .recipe import Refused, legend
