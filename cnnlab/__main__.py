@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
+from typing import get_args
 
 from .recipe import CHOICES, Recipe, Refused
 
@@ -43,6 +45,8 @@ def parser():
     train_ = commands.add_parser("train", help="train a recipe")
     train_.add_argument("file", nargs="?", type=Path, metavar="RECIPE.json", help="a recipe; options below change it")
     train_.add_argument("--record", type=Path, metavar="DIR", help="save the run in this folder")
+    train_.add_argument("--checkpoint", type=Path, metavar="DIR", help="keep checkpoints in this folder, and go on from the newest")
+    train_.add_argument("--max-restarts", type=int, default=0, metavar="N", help="start all ranks anew up to N times after one has failed")
     _recipe_options(train_, [field.name for field in fields(Recipe)])
     train_.set_defaults(command=train)
 
@@ -83,11 +87,19 @@ def doctor(options):
 
 
 def train(options):
+    """Train here, or, under torchrun, as one of its ranks: rank 0 then prints and records for all."""
     from . import machine, record
-    from .launch import run
 
     recipe = _recipe(options, _read_recipe(options.file) if options.file else {})
-    events = run(recipe)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from .rank import train_here
+        recipe = recipe.but(replicas=int(os.environ["WORLD_SIZE"]))
+        events, speaks = train_here(recipe, options.checkpoint), os.environ["RANK"] == "0"
+    else:
+        from .launch import run
+        events, speaks = run(recipe, checkpoints=options.checkpoint, max_restarts=options.max_restarts), True
+    if not speaks:
+        return sum(0 for _ in events)           # the exit code
     if options.record:
         events = record.save(_record_path(options.record, recipe), events, machine.describe().to_dict())
     _show(events)
@@ -147,27 +159,35 @@ def _show(events):
     """Print a run: a bar while it trains, a line at each evaluation and at the end."""
     from tqdm.auto import tqdm
 
-    from .events import Evaluated, Failed, Finished, Progress, Started
+    from .events import Checkpointed, Evaluated, Failed, Finished, Progress, Restarted, Started
 
     first = list(islice(events, 1))         # before the bar: a refusal then stands alone
     with tqdm(unit="step", file=sys.stderr, leave=False) as bar:
         for event in chain(first, events):
             if isinstance(event, Failed):
                 bar.write(f"rank {event.rank} failed: {event.error}", file=sys.stdout)
+            elif isinstance(event, Restarted):
+                bar.write(f"rank {event.rank} failed: {event.error}. All ranks start anew, for time {event.attempt}", file=sys.stdout)
             if event.rank:
                 continue
             if isinstance(event, Started):
                 bar.reset(event.steps)
+                bar.update(event.first_step)
+                if event.first_step:
+                    bar.write(f"goes on from the checkpoint of step {event.first_step}", file=sys.stdout)
                 bar.write(f"{event.recipe.model}, {event.parameters:,} parameters; {event.train_images:,} images to train on, "
                           f"{event.test_images:,} held out; {event.world} rank{'s' * (event.world > 1)}", file=sys.stdout)
             elif isinstance(event, Progress):
                 bar.update(event.step - bar.n)
                 bar.set_postfix_str(f"loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s")
+            elif isinstance(event, Checkpointed):
+                bar.write(f"step {event.step:5}: checkpoint written in {event.took_s:.2f} s", file=sys.stdout)
             elif isinstance(event, Evaluated):
                 bar.write(f"epoch {event.epoch:3}: held-out accuracy {100 * event.accuracy:.1f}%, loss {event.loss:.3f}", file=sys.stdout)
             elif isinstance(event, Finished):
                 bar.write(f"{event.images:,} images in {event.seconds:.1f} s, of which {event.warmup_s:.1f} s warm-up; then {event.images_per_s:,.0f} images/s "
-                          f"({1000 * event.waiting_s:.1f} of {1000 * event.step_s:.1f} ms a step waiting for data); "
+                          f"({1000 * event.step_s:.1f} ms a step: {1000 * event.waiting_s:.1f} waiting for data, "
+                          f"{1000 * (event.communication_s or 0):.1f} for other ranks); "
                           f"peak memory {event.peak_memory_mib:,.0f} MiB", file=sys.stdout)
 
 
@@ -197,13 +217,14 @@ def _draw(outcome, path):
 def _recipe_options(parser, names):
     """An option for each field of a recipe, such as --batch-size."""
     group = parser.add_argument_group("the recipe")
-    types = {int: int, float: float, str: str, bool: lambda text: {"true": True, "false": False}.get(text.lower(), text)}
+    read = {bool: lambda text: {"true": True, "false": False}.get(text.lower(), text)}
     for field in fields(Recipe):
         if field.name in names:
-            default = "the model's own or all" if field.default is None else field.default
-            kind = int if field.default is None else types[type(field.default)]
-            group.add_argument("--" + field.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
-                               metavar="|".join(CHOICES.get(field.name, [field.name.upper()])), help=f"default: {default}")
+            kind = (*get_args(field.type), field.type)[0]              # int of int | None
+            choices = filter(None, CHOICES.get(field.name, [field.name.upper()]))
+            default = "" if field.default is None else f"default: {field.default}"
+            group.add_argument("--" + field.name.replace("_", "-"), type=read.get(kind, kind), default=argparse.SUPPRESS,
+                               metavar="|".join(choices), help=default)
 
 
 def _recipe(options, values):

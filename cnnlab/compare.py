@@ -7,7 +7,8 @@ import numpy as np
 from .events import Finished
 from .recipe import Recipe, Refused, changes
 
-TECHNIQUES = ("device", "threads", "loader", "loader_workers", "precision", "memory_format", "compiler", "replicas", "strategy")
+TECHNIQUES = ("device", "threads", "loader", "loader_workers", "precision", "memory_format", "compiler", "replicas", "strategy", "compression",
+              "bucket_mb", "accumulate", "sync_every", "staleness")
 
 
 @dataclass(frozen=True, kw_only=True)

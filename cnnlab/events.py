@@ -17,6 +17,9 @@ class Started:
     train_images: int
     test_images: int
     steps: int                       # how many the run will take
+    first_step: int                  # steps done before, in the run whose checkpoint this one goes on from
+    threads: int                     # of this rank
+    cores: list[int] | None          # that this rank is pinned to; None where the system cannot tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +28,14 @@ class Progress:
 
     rank: int
     epoch: int                       # from 1
-    step: int                        # steps done, from 1
+    step: int                        # steps done, from 1; under async, those of an average rank
     images: int                      # training images seen so far, by all ranks together
     seconds: float                   # clock time since the start; consumers' time is not counted
     losses: list[float]              # of each step since the last Progress, mean over this rank's images
     accuracy: float                  # share of this rank's training images classified rightly meanwhile
     images_per_s: float              # all ranks together, meanwhile
     warming_up: bool                 # these steps are not part of the speed figures
+    spans: list                      # the last step: [phase, begin, end], seconds since 1970; empty on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +56,37 @@ class Finished:
     """The run's own figures. All but `warmup_s` leave the warm-up steps out."""
 
     rank: int
-    steps: int
+    steps: int                       # of this rank
     images: int                      # all ranks together, warm-up included
     seconds: float                   # of training, warm-up included
     warmup_s: float                  # the warm-up steps: compilation, caches, first allocations
     images_per_s: float              # all ranks together
     step_s: float                    # mean seconds a step
     waiting_s: float                 # of `step_s`, waiting for the loader
+    communication_s: float | None    # of `step_s`, waiting for other ranks and for what they send; None on a GPU
     compute_s: float                 # of `step_s`, the rest: moving, forward, backward, update
     peak_memory_mib: float           # device memory on a GPU, else resident memory, libraries included
     accuracy: float | None           # held out; None when the recipe does not evaluate
+    staleness: float | None          # async: others' updates between reading the parameters and changing them, mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointed:
+    """All that is needed to go on from `step` is on disk."""
+
+    rank: int
+    step: int
+    path: str
+    took_s: float                    # not part of the training clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restarted:
+    """After a failure all ranks are started anew, from the last checkpoint where there is one."""
+
+    rank: int                        # the one that had failed
+    error: str
+    attempt: int                     # from 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +98,7 @@ class Failed:
     traceback: str = field(repr=False)
 
 
-KINDS = {kind.__name__: kind for kind in (Started, Progress, Evaluated, Finished, Failed)}
+KINDS = {kind.__name__: kind for kind in (Started, Progress, Evaluated, Finished, Checkpointed, Restarted, Failed)}
 
 
 def to_dict(event):

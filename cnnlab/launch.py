@@ -1,10 +1,9 @@
-"""Runs in processes of their own: `run(recipe)` starts the ranks, streams their events, and always cleans up."""
+"""Runs in processes of their own: `run(recipe)` and `ranks(function, n)` start them, stream what they say, and always clean up."""
 
+import linecache
 import logging
-import multiprocessing
-import multiprocessing.connection
+import multiprocessing.spawn
 import os
-import pickle
 import queue
 import shutil
 import signal
@@ -13,24 +12,29 @@ import tempfile
 import threading
 import time
 import traceback
-from datetime import timedelta
+from contextlib import closing
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import cloudpickle
+import psutil
 
-from . import data, machine
-from .events import Failed
+from . import checkpoint, data, machine
+from .events import Failed, Restarted
+from .rank import backend as rank_backend
+from .rank import main as rank_main
 from .recipe import Refused
 from .train import train
 
-TIMEOUT = timedelta(seconds=60)      # a collective that takes longer has lost a rank
+TIMEOUT = 60             # seconds: a collective that takes longer has lost a rank
+STOPPED_AFTER = 1.0      # seconds between two looks whether a rank has been halted (SIGSTOP)
+AGENT = "cnnlab-agent"
 ENVIRONMENT = {                      # for the ranks, read when their libraries load; what the user has set stays
     "GOMP_SPINCOUNT": "40000",       # a thread of GNU OpenMP that waits soon sleeps: else it blocks a core that others need
     "MALLOC_TRIM_THRESHOLD_": str(2**30),     # glibc keeps freed memory: else, in some runs and not in others, every step
     "MALLOC_MMAP_THRESHOLD_": str(2**30),     # gives it back and fetches it anew: measured, a quarter of the speed
 }
-PRELOAD = ["torch", "torch._dynamo", "torch.distributed.elastic.multiprocessing.api", "sklearn.datasets", "cnnlab.launch"]
+PRELOAD = ["torch", "torch._dynamo", "torch.distributed.elastic.multiprocessing.api", "sklearn.datasets", "cnnlab.rank"]
 
 
 class RankError(RuntimeError):
@@ -41,28 +45,71 @@ class RankError(RuntimeError):
         self.rank, self.error, self.traceback = rank, error, traceback
 
 
-def run(recipe, stop=None, env=None):
+def run(recipe, stop=None, env=None, checkpoints=None, max_restarts=0, say=print):
     """Train `recipe` in fresh processes, one a rank, and yield the events of all ranks as they come.
 
     `stop`: a `threading.Event`; when it is set, or when the iteration is abandoned, the processes are killed and
-    the events end. `env`: environment variables for the ranks. Raises `Refused` before anything is started when
-    this machine cannot run the recipe, and `RankError`, after a `Failed` event, when a rank fails.
+    the events end. `env`: environment variables for the ranks. `checkpoints`: a folder to keep them in and to go on from.
+    `max_restarts`: how often all ranks may be started anew after one has failed. `say`: what to do with the lines that
+    ranks print. Raises `Refused` before anything is started when this machine cannot run the recipe, and `RankError`,
+    after a `Failed` event, when a rank fails: a killed one is noticed at once, a halted one within 2 s, one that does not
+    come to a collective operation after `TIMEOUT`.
     """
     lacking = machine.missing_for(recipe)
     if lacking:
         raise Refused(" ".join(lacking))
+    if not isinstance(max_restarts, int) or max_restarts < 0:
+        raise Refused(f"max_restarts={max_restarts!r} is not allowed: it must be a whole number, 0 or more.")
+    if checkpoints:
+        checkpoint.check(checkpoints, recipe)
     data.fetch_all(recipe.data)             # here, so that a download happens once
-    yield from stream(train_ranks, (recipe,), recipe.replicas, stop, env, backend(recipe))
+    folder = checkpoints and str(Path(checkpoints).resolve())
+    together = recipe.replicas > 1 or recipe.strategy == "ddp"
+    backend = rank_backend(recipe, recipe.replicas) if together else None
+    for attempt in range(1, max_restarts + 2):
+        with closing(stream(train_rank, (recipe, folder), recipe.replicas, stop, env, backend, say=say)) as events:
+            for event in events:
+                if isinstance(event, Failed) and attempt <= max_restarts:
+                    break
+                yield event
+            else:
+                return
+        yield Restarted(rank=event.rank, error=event.error, attempt=attempt)
 
 
-def train_ranks(rank, world, recipe):
-    return train(recipe, rank, world)
+def train_rank(rank, world, recipe, checkpoints):
+    return train(recipe, rank, world, checkpoints)
 
 
-def backend(recipe):
-    """NCCL wants a GPU for each rank; gloo carries everything else."""
-    import torch
-    return "nccl" if recipe.device == "cuda" and torch.cuda.device_count() >= recipe.replicas else "gloo"
+def ranks(function, n, *args, timeout=None, env=None, say=print):
+    """Call function(*args) in `n` processes at once; returns the list of what they return, rank 0's first.
+
+    The process group is ready in each (gloo; `torch.distributed.get_rank()` tells them apart), and RANK, WORLD_SIZE and
+    LOCAL_RANK are set, as under torchrun. The function, and what it uses, may be defined in notebook cells. What it prints
+    is shown with its rank in front. `timeout`: seconds until all must have ended. Raises `RankError` when one fails.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise Refused(f"n={n!r} is not allowed: it must be a whole number of ranks, 1 or more.")
+    if not callable(function):
+        raise Refused(f"function={function!r} cannot be called: pass the function itself, and its arguments after n.")
+    returned = {}
+    for event in stream(call_once, (function, args), n, env=env, say=say, timeout=timeout):
+        if not isinstance(event, Failed):       # a RankError follows
+            returned[event[0]] = cloudpickle.loads(event[1])
+    return [returned[rank] for rank in range(n)]
+
+
+def stream(function, args, world, stop=None, env=None, backend="gloo", say=print, timeout=None):
+    """Call the generator function(rank, world, *args) in `world` processes; yield what they yield, as it comes.
+
+    `backend`: of the process group that is ready in each; None for none.
+    """
+    with _Ranks(function, args, world, backend, env, say) as group:
+        yield from group.events(stop, timeout)
+
+
+def call_once(rank, world, function, args):
+    yield rank, cloudpickle.dumps(function(*args))
 
 
 def prewarm():
@@ -85,124 +132,173 @@ def start_method():
     return "forkserver" if sys.platform == "linux" else "spawn"
 
 
-def stream(function, args, world, stop=None, env=None, backend="gloo"):
-    """Call the generator function(rank, world, *args) in `world` processes; yield what they yield, as it comes."""
-    prewarm()
-    folder = Path(tempfile.mkdtemp(prefix="cnnlab-"))
-    listener = Listener(str(folder / "socket") if hasattr(os, "fork") else None, backlog=world)
-    inbox = queue.Queue()                   # (rank, kind, content), from one thread a rank and the agent's
-    over = threading.Event()                # ranks that are done wait for it: see _rank
-    stopped = threading.Event()             # ranks that come later get no job
-    pids = {}                               # filled by the readers: a rank can come while nobody asks for events
-    job = cloudpickle.dumps((function, args, dict(env or {}), backend, str(folder / "store")))
-    readers = [threading.Thread(target=_read, args=(listener, job, inbox, over, stopped, pids), daemon=True) for _ in range(world)]
-    agent = threading.Thread(target=_supervise, args=(listener.address, world, str(folder), inbox), daemon=True)
-    finished = False
-    try:
-        for thread in (*readers, agent):
+class _Ranks:
+    """The processes of one run, seen from the notebook: started on entering, gone on leaving.
+
+    Each process runs `rank.main` and connects to a socket in a private folder; a thread a rank reads what it says into one
+    inbox of (rank, kind, content). torch's elastic agent, the engine of torchrun, starts them, in a thread of its own.
+    """
+
+    def __init__(self, function, args, world, backend, env, say):
+        prewarm()
+        self.world, self.say, self.inbox = world, say, queue.Queue()
+        self.over = threading.Event()           # ranks that are done wait for it: see rank.main
+        self.stopped = threading.Event()        # ranks that come later get no job
+        self.pids = {}                          # filled by the readers: a rank can come while nobody asks for events
+        self.silent = set(range(world))         # neither done nor failed
+        self.folder = Path(_short_folder())
+        try:
+            cells = {name: (entry[0], None, *entry[2:]) for name, entry in list(linecache.cache.items()) if len(entry) == 4 and not os.path.exists(name)}
+            self.job = cloudpickle.dumps({"call": cloudpickle.dumps((function, args)), "env": dict(env or {}), "cells": cells, "backend": backend,
+                                          "folder": str(self.folder), "timeout": TIMEOUT})
+            self.listener = Listener(str(self.folder / "socket") if hasattr(os, "fork") else None, backlog=world)
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        self.readers = [threading.Thread(target=self._read, daemon=True) for _ in range(world)]
+        self.agent = threading.Thread(target=self._supervise, name=AGENT, daemon=True)
+
+    def __enter__(self):
+        for thread in (*self.readers, self.agent):
             thread.start()
-        yield from _events(inbox, world, stop)
-        finished = not (stop and stop.is_set())
-    finally:
-        if not finished:
-            stopped.set()
-            _kill(pids)
-        over.set()
-        for _ in readers:                   # wake the readers that no rank has come to
+        return self
+
+    def __exit__(self, *_):
+        if self.silent:
+            self.stopped.set()
+            _kill(self.pids)
+        self.over.set()
+        for _ in self.readers:                  # wake the readers that no rank has come to
             try:
-                Client(listener.address).close()
+                Client(self.listener.address).close()
             except OSError:
                 break
-        listener.close()                    # a rank that is only starting now finds no one, and ends
-        agent.join(10)
-        _kill(pids)
-        shutil.rmtree(folder, ignore_errors=True)
+        self.listener.close()                   # a rank that is only starting now finds no one, and ends
+        self.agent.join(10)
+        _kill(self.pids)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-
-def _events(inbox, world, stop):
-    """Yield the ranks' events until all are done, one fails, or `stop` is set."""
-    done = 0
-    while done < world:
-        if stop is not None and stop.is_set():
-            return
-        try:
-            rank, kind, content = inbox.get(timeout=0.02 if stop is not None else None)
-        except queue.Empty:
-            continue
-        if kind == "event":
-            yield content
-        elif kind == "done":
-            done += 1
-        elif kind == "refused":
-            raise Refused(content)
-        else:
-            rank, error, text = _cause(inbox, (rank, kind, content))
-            yield Failed(rank=rank, error=error, traceback=text)
-            raise RankError(rank, error, text)
-
-
-def _cause(inbox, first):
-    """(rank, error, traceback) of what went wrong first: when a rank is lost, its peers fail too, with echoes."""
-    found, deadline = [first], time.monotonic() + 0.3
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            found.append(inbox.get(timeout=left))
-        except queue.Empty:
-            break
-    found = [item for item in found if item[1] in ("error", "gone", "agent")]
-    echoes = ("gloo", "NCCL", "Connection closed", "Connection reset")
-    is_echo = lambda item: item[1] == "error" and any(word in item[2][1] for word in echoes)
-    order = lambda item: ("error", "gone", "agent").index(item[1]) + 3 * is_echo(item)
-    rank, kind, content = min(found, key=order)
-    if kind == "error":
-        return rank, *content
-    if kind == "gone":
-        text = f"rank {rank} ended without a word: it was killed, or ran out of memory, or crashed in native code.\n"
-        return rank, "the process was killed", text
-    return rank, "the process did not start", content
-
-
-def _read(listener, job, inbox, over, stopped, pids):
-    """One rank's pid into `pids`, and its messages, to its last word, into the inbox."""
-    try:
-        with listener.accept() as connection:
-            rank, pid = connection.recv()
-            pids[rank] = pid
-            if stopped.is_set():            # asked after the pid is there to be killed: no rank can slip through
+    def events(self, stop=None, timeout=None):
+        """Yield what the ranks yield until all are done, one fails, or `stop` is set."""
+        deadline, look = time.monotonic() + (timeout or float("inf")), time.monotonic() + STOPPED_AFTER
+        while self.silent:
+            if stop is not None and stop.is_set():
                 return
-            connection.send_bytes(job)
-            kind = None
             try:
-                while kind not in ("done", "error", "refused"):
-                    kind, content = connection.recv()
-                    inbox.put((rank, kind, content))
-            except (EOFError, OSError):
-                inbox.put((rank, "gone", None))
-            if kind == "done":
-                over.wait()
+                message = self.inbox.get(timeout=0.02 if stop is not None else 0.2)
+            except queue.Empty:
+                message = None
+            if message is None or message[1] in ("event", "print"):
+                now = time.monotonic()
+                if now > deadline:
+                    message = min(self.silent), "late", timeout
+                elif now > look:
+                    look = now + STOPPED_AFTER
+                    message = self._halted() or message
+            if message is None:
+                continue
+            rank, kind, content = message
+            if kind == "event":
+                yield content
+            elif kind == "print":
+                self.say(f"[rank {rank}] {content}")
+            elif kind == "done":
+                self.silent.discard(rank)
+            elif kind == "refused":
+                raise Refused(content)
+            else:
+                rank, error, text = self._cause(message)
+                yield Failed(rank=rank, error=error, traceback=text)
+                raise RankError(rank, error, text)
+
+    def _halted(self):
+        """(rank, "halted", pid) of a rank that somebody has stopped (SIGSTOP), or None."""
+        for rank, pid in list(self.pids.items()):
+            try:
+                if rank in self.silent and psutil.Process(pid).status() == psutil.STATUS_STOPPED:
+                    return rank, "halted", pid
+            except psutil.Error:                # gone: its reader will say so
+                pass
+
+    def _cause(self, first):
+        """(rank, error, traceback) of what went wrong first: when a rank is lost, its peers fail too, with echoes."""
+        found, deadline = [first], time.monotonic() + 0.3
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                found.append(self.inbox.get(timeout=left))
+            except queue.Empty:
+                break
+        for rank, kind, line in found:
+            if kind == "print":
+                self.say(f"[rank {rank}] {line}")
+            elif kind in ("done", "error"):
+                self.silent.discard(rank)
+        kinds = ("error", "halted", "gone", "late", "agent")
+        found = [item for item in found if item[1] in kinds]
+        echoes = ("gloo", "NCCL", "Connection closed", "Connection reset")
+        is_echo = lambda item: item[1] == "error" and any(word in item[2][1] for word in echoes)
+        rank, kind, content = min(found, key=lambda item: kinds.index(item[1]) + len(kinds) * is_echo(item))
+        if is_echo((rank, kind, content)) and self.silent and "imed out" in content[1]:
+            return self._hanging(f"it did not come to a collective operation in {TIMEOUT} s")
+        if kind == "error":
+            return rank, *content
+        if kind == "late":
+            return self._hanging(f"it was not done in {content:g} s")
+        return rank, *{"halted": ("the process was halted (SIGSTOP)", f"rank {rank} does not run: somebody has halted process {content}.\n"),
+                       "gone": ("the process was killed", f"rank {rank} ended without a word: it was killed, or ran out of memory, or "
+                                                          "crashed in native code.\n"),
+                       "agent": ("the process did not start", content)}[kind]
+
+    def _hanging(self, error):
+        """(rank, error, where it is) of a rank that has not ended: of one that does not itself wait for others, if there is one."""
+        for rank in self.silent:
+            if (self.folder / f"stack-{rank}").exists():
+                os.kill(self.pids[rank], signal.SIGUSR1)
+        time.sleep(0.3)
+        stacks = {rank: path.read_text() for rank in sorted(self.silent) if (path := self.folder / f"stack-{rank}").exists()}
+        guilty = next((rank for rank, stack in stacks.items() if "distributed_c10d" not in stack), min(self.silent))
+        here = [line for stack in [stacks.get(guilty, "")] for line in stack.split('rank.py", line')[0].splitlines()[:-1]]
+        return guilty, error, f"rank {guilty} is here:\n" + "\n".join(here) + "\n"
+
+    def _read(self):
+        """One rank's pid, and its messages, to its last word, into the inbox."""
+        try:
+            with self.listener.accept() as connection:
+                rank, pid = connection.recv()
+                self.pids[rank] = pid
+                if self.stopped.is_set():       # asked after the pid is there to be killed: no rank can slip through
+                    return
+                connection.send_bytes(self.job)
+                kind = None
+                try:
+                    while kind not in ("done", "error", "refused"):
+                        kind, content = connection.recv()
+                        self.inbox.put((rank, kind, content))
+                except (EOFError, OSError):
+                    self.inbox.put((rank, "gone", None))
+                self.over.wait()                # hold the line until all is looked at: see _hanging
                 connection.send("bye")
-    except (EOFError, OSError):             # the listener closed, or was only woken
-        return
+        except (EOFError, OSError):             # the listener closed, or was only woken
+            return
 
+    def _supervise(self):
+        from torch.distributed.elastic.agent.server.api import WorkerSpec
+        from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
-def _supervise(address, world, folder, inbox):
-    """torch's elastic agent, the engine of torchrun: starts the ranks and notices when one ends."""
-    from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)           # errors reach the learner as events
-    spec = WorkerSpec(role="cnnlab", local_world_size=world, entrypoint=_rank, args=(address,), rdzv_handler=_one_machine(),
-                      max_restarts=0, monitor_interval=0.02)
-    try:
-        result = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=folder), start_method=start_method(), shutdown_timeout=2,
-                                   exit_barrier_timeout=2).run()
-        if result is None or result.is_failed():
-            failures = result.failures if result else {}
-            inbox.put((min(failures, default=0), "agent", "\n".join(failure.message for failure in failures.values())))
-    except Exception:
-        inbox.put((0, "agent", traceback.format_exc()))
+        _spare_main()
+        for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)           # errors reach the learner as events
+        spec = WorkerSpec(role="cnnlab", local_world_size=self.world, entrypoint=rank_main, args=(self.listener.address,),
+                          rdzv_handler=_one_machine(), max_restarts=0, monitor_interval=0.02)
+        try:
+            result = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=str(self.folder)), start_method=start_method(), shutdown_timeout=2,
+                                       exit_barrier_timeout=2).run()
+            if result is None or result.is_failed():
+                failures = result.failures if result else {}
+                self.inbox.put((min(failures, default=0), "agent", "\n".join(failure.message for failure in failures.values())))
+        except Exception:
+            self.inbox.put((0, "agent", traceback.format_exc()))
 
 
 def _one_machine():
@@ -224,44 +320,28 @@ def _one_machine():
     return OneMachine()
 
 
-def _rank(address):
-    """What each process runs: say hello, take the job, do it, send what it yields, say how it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)          # an interrupt is for the notebook, which then stops us
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()                                      # so that our loader workers can be stopped with us
-    threading.Thread(target=_watch_parent, daemon=True).start()
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with Client(address) as connection:
-        connection.send((rank, os.getpid()))
-        try:
-            function, args, env, backend, store = pickle.loads(connection.recv_bytes())
-            os.environ.update(env)
-            if world > 1:
-                _join(rank, world, backend, store)
-            for event in function(rank, world, *args):
-                connection.send(("event", event))
-            connection.send(("done", None))
-            connection.recv()     # all are done; a rank that dies in the agent's own barrier, further on, would hang the agent
-        except Refused as refusal:
-            connection.send(("refused", str(refusal)))
-            os._exit(1)
-        except BaseException as error:
-            connection.send(("error", (f"{type(error).__name__}: {error}", traceback.format_exc())))
-            os._exit(1)                                   # at once: peers may hold what a tidy exit would wait for
+def _spare_main():
+    """Ranks do not import the caller's script, as multiprocessing's children do: what they need of it comes pickled by value.
+
+    So a script needs no `if __name__ == "__main__"`, and may come from standard input. Only the agent's thread is concerned.
+    """
+    before = multiprocessing.spawn.get_preparation_data
+
+    def get_preparation_data(name):
+        main = ("init_main_from_path", "init_main_from_name") if threading.current_thread().name == AGENT else ()
+        return {key: value for key, value in before(name).items() if key not in main}
+
+    if before.__module__ != __name__:           # once
+        multiprocessing.spawn.get_preparation_data = get_preparation_data
 
 
-def _join(rank, world, backend, store):
-    """The process group, through a file: one machine needs no port and no name service."""
-    import torch.distributed as dist
-
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")   # loopback only
-    dist.init_process_group(backend, store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=TIMEOUT)
-
-
-def _watch_parent():
-    """End with the notebook: without this, a killed kernel would leave its ranks running."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    _kill({0: os.getpid()})
+def _short_folder():
+    """A private folder whose socket's path stays below the 104 bytes that systems allow, wherever TMPDIR points."""
+    folder = tempfile.mkdtemp(prefix="cnnlab-")
+    if len(folder) < 90 or os.name == "nt":
+        return folder
+    os.rmdir(folder)
+    return tempfile.mkdtemp(prefix="cnnlab-", dir="/tmp")
 
 
 def _kill(pids):

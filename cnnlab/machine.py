@@ -56,6 +56,11 @@ def cores():
     return cpu_count()
 
 
+def affinity():
+    """The cores that this process is kept on, by number; None where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def versions():
     """Versions of what decides the speed."""
     found = {"python": platform.python_version()}
@@ -71,7 +76,10 @@ def missing_for(recipe):
     """One sentence for each thing that `recipe` needs and this machine lacks; empty when it can run here."""
     machine = describe()
     needs = {"NVIDIA GPU": recipe.device == "cuda", "C++ compiler": recipe.compiler == "inductor" and recipe.device == "cpu"}
-    return [f"{name} missing: {machine.missing[name]}" for name, needed in needs.items() if needed and name in machine.missing]
+    lacking = [f"{name} missing: {machine.missing[name]}" for name, needed in needs.items() if needed and name in machine.missing]
+    if recipe.strategy == "async" and os.name != "posix":
+        lacking.append("strategy='async' needs POSIX file locks: Linux or macOS.")
+    return lacking
 
 
 def peak_flops(precision="fp32", device="cpu", threads=None, size=2048):

@@ -16,8 +16,10 @@ CHOICES = {
     "precision": ("fp32", "tf32", "bf16", "fp16"),
     "memory_format": ("contiguous", "channels_last"),
     "compiler": ("eager", "inductor"),
-    "strategy": ("ddp",),
+    "strategy": (None, "ddp", "ring", "local-sgd", "async"),
+    "compression": ("none", "fp16", "bf16", "powersgd"),
 }
+ONLY_DDP = {"compression": "none", "bucket_mb": None, "accumulate": 1}      # fields that mean nothing elsewhere, and their defaults
 
 
 class Refused(ValueError):
@@ -55,24 +57,35 @@ class Recipe:
     precision: str = "fp32"
     memory_format: str = "contiguous"
     compiler: str = "eager"
-    replicas: int = 1
-    strategy: str = "ddp"
+    replicas: int = 1                 # ranks, each with a whole copy of the model and its share of every batch
+    strategy: str | None = None       # how replicas stay equal; None: ddp, and nothing where there is one replica
+    compression: str = "none"         # ddp: what gradients are squeezed into on their way
+    bucket_mb: float | None = None    # ddp: gradients travel in buckets of so many MiB; None: torch's own, 1 and then 25
+    accumulate: int = 1               # ddp: parts that a batch is computed in, one exchange of gradients for all
+    sync_every: int = 8               # local-sgd: steps between two averagings of the parameters
+    staleness: int | None = None      # async: how many steps a rank may be ahead of the slowest; None: any number
+    latency_ms: float = 0.0           # simulated network: what each message takes at least ...
+    bandwidth_mbit: float | None = None   # ... and how much a link carries, in Mbit/s; None: as fast as it is
+    straggler_ms: float = 0.0         # the last rank sleeps so long in each step, on purpose
+    checkpoint_every: int = 100       # steps, for runs that keep checkpoints
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
             _one_of(name, getattr(self, name), allowed)
-        for name in ("images", "image_size", "classes", "batch_size", "epochs", "replicas"):
+        for name in ("images", "image_size", "classes", "batch_size", "epochs", "replicas", "accumulate", "sync_every", "checkpoint_every"):
             _whole(name, getattr(self, name), 1)
         for name in ("warmup_steps", "loader_workers", "seed"):
             _whole(name, getattr(self, name), 0)
-        for name in ("width", "steps", "threads"):
+        for name, least in {"width": 1, "steps": 1, "threads": 1, "staleness": 0}.items():
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
+                _whole(name, getattr(self, name), least)
+        for name in ("latency_ms", "straggler_ms"):
+            _number(name, getattr(self, name), "of 0 or more", lambda value: value >= 0)
+        for name in ("learning_rate", "bucket_mb", "bandwidth_mbit"):
+            if getattr(self, name) is not None or name == "learning_rate":
+                _number(name, getattr(self, name), "above 0", lambda value: value > 0)
         if self.seed >= 2**31:
             raise Refused(f"seed={self.seed} is not allowed: it must be below 2147483648, for numpy takes no more than 32 bits.")
-        rate = self.learning_rate
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
-            raise Refused(f"learning_rate={rate!r} is not allowed: it must be a finite number above 0, such as 0.003.")
         if not isinstance(self.evaluate, bool):
             raise Refused(f"evaluate={self.evaluate!r} is not allowed: it must be True or False.")
         self._check_combinations()
@@ -81,6 +94,20 @@ class Recipe:
         if self.batch_size % self.replicas:
             raise Refused(f"batch_size={self.batch_size} cannot be split evenly over replicas={self.replicas}: "
                           f"take a multiple of {self.replicas}, such as {_nearest_multiple(self.batch_size, self.replicas)}.")
+        if self.strategy not in (None, "ddp"):
+            for name, default in ONLY_DDP.items():
+                if getattr(self, name) != default:
+                    raise Refused(f"{name}={getattr(self, name)!r} needs strategy='ddp': strategy={self.strategy!r} sends no gradients in buckets.")
+            if self.precision == "fp16":
+                raise Refused(f"precision='fp16' needs strategy='ddp': a rank that skips a step, for its gradients overflow, would leave the "
+                              f"others of strategy={self.strategy!r} waiting. Take precision='bf16'.")
+        if (self.latency_ms or self.bandwidth_mbit) and self.device != "cpu":
+            raise Refused("latency_ms and bandwidth_mbit need device='cpu': the simulated network cannot hold up what a GPU sends by itself.")
+        if self.strategy == "async" and self.schedule != "constant":
+            raise Refused("strategy='async' needs schedule='constant': its ranks share no count of steps. Take schedule='constant'.")
+        if self.batch_size // self.replicas % self.accumulate:
+            raise Refused(f"accumulate={self.accumulate} cannot split the {self.batch_size // self.replicas} images of a rank evenly: take a "
+                          f"divisor of it.")
         if self.precision == "tf32" and self.device != "cuda":
             raise Refused("precision='tf32' needs device='cuda': it is a mode of NVIDIA's matrix units. "
                           "On a CPU take precision='bf16'.")
@@ -121,14 +148,19 @@ def legend(a, b):
 
 def _one_of(name, value, allowed):
     if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
+        close = difflib.get_close_matches(str(value), filter(None, allowed), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise Refused(f"{name}={value!r} is not known: take one of {', '.join(allowed)}.{hint}")
+        raise Refused(f"{name}={value!r} is not known: take one of {', '.join(map(str, allowed))}.{hint}")
 
 
 def _whole(name, value, least):
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise Refused(f"{name}={value!r} is not allowed: it must be a whole number, {least} or more.")
+
+
+def _number(name, value, allowed, fits):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not fits(value):
+        raise Refused(f"{name}={value!r} is not allowed: it must be a finite number {allowed}.")
 
 
 def _known(values):

@@ -14,7 +14,7 @@ from . import events as events_of
 from .events import Started
 from .recipe import Recipe, Refused
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,14 @@ def fit_serial(workers, speedups):
     return float(np.clip((x @ y) / (x @ x), 0, 1))
 
 
+def all_reduce_s(bytes, ranks, latency_s=0.0, bytes_per_s=float("inf")):
+    """Seconds of a ring all-reduce by the alpha-beta model: every message costs a latency, and its bytes over the bandwidth.
+
+    T = 2 (N - 1) (alpha + bytes / (N beta)): Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication" (2005).
+    """
+    return 2 * (ranks - 1) * (latency_s + bytes / ranks / bytes_per_s)
+
+
 def _share(serial):
     if not 0 <= serial <= 1:
         raise Refused(f"serial={serial!r} is not allowed: it is a share, from 0 to 1.")

@@ -8,28 +8,46 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from torch import nn
 
-from . import machine
+from . import machine, replicas
 
 
-def prepare(model, recipe, device, world=1):
+def prepare(model, recipe, device, world=1, clock=None):
     """The recipe's model, ready to train: every technique in the order in which they must be applied."""
+    if world > 1:
+        replicas.straggling(model, recipe)
     model = model.to(device)
     if recipe.memory_format == "channels_last":
         model = channels_last(model)
     if recipe.precision == "tf32":
         tf32()
-    if world > 1:
-        model = replicated(model, device)
+    if world > 1 and (link := replicas.network(recipe)):
+        replicas.slow_down(link)
+    if recipe.strategy == "ddp" or recipe.strategy is None and world > 1:
+        model = replicas.replicated(model, recipe, device, clock)
     if recipe.compiler == "inductor":       # last: it then sees, and compiles, all of the above
         model = compiled(model)
     return model
 
 
 def set_threads(recipe, world=1):
-    """The recipe's threads for this rank, or its share of the cores: more threads than cores slow each other down."""
-    torch.set_num_threads(recipe.threads or max(1, machine.cores() // world))
+    """The recipe's threads for this rank; else all cores for one rank, while several keep what `rank` has shared out."""
+    if recipe.threads or world == 1:
+        torch.set_num_threads(recipe.threads or machine.cores())
+
+
+def pin(local_rank, local_world):
+    """Keep this rank on its share of this machine's cores. Returns them; None where the system cannot pin.
+
+    Ranks that outnumber the cores share them: each is pinned to one.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // local_world
+    mine = cores[local_rank * share:(local_rank + 1) * share] if share else [cores[local_rank % len(cores)]]
+    os.sched_setaffinity(0, mine)
+    return mine
 
 
 def set_seed(seed, rank=0):
@@ -66,11 +84,6 @@ def compiled(model):
     return torch.compile(model)
 
 
-def replicated(model, device):
-    """One copy in each rank; gradients are averaged over all ranks during backward."""
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-
-
 def fence(device):
     """Wait until the device has done all it was given: a GPU's work runs on after the call returns."""
     if device.type == "cuda":
@@ -80,12 +93,15 @@ def fence(device):
 class Clock:
     """Times a training loop, in seconds. It stands still while a consumer of the loop's events is busy.
 
-    `seconds` counts training only, up to the last pause; `waiting` is the part of it spent on the loader.
+    `seconds` counts training only, up to the last pause; of it, `waiting` was spent on the loader, and `exposed` on other
+    ranks with nothing else to do. `spans` has the last step: [phase, begin, end] on the clock on the wall, so that
+    the ranks' rows fit together. Phases and communication are told apart on the CPU only: a GPU runs them on its own.
     """
 
     def __init__(self, device):
-        self.device = device
-        self.seconds = self.waiting = self.resumed = 0.0
+        self.device, self.spans, self.exchanges = device, [], []
+        self.seconds = self.waiting = self.exposed = self.resumed = self.marked = 0.0
+        self.wall = time.time() - time.perf_counter()
 
     def resume(self):
         self.resumed = time.perf_counter()
@@ -99,15 +115,39 @@ class Clock:
         return time.perf_counter() - self.resumed
 
     def waited(self, loader):
-        """The loader's batches; the time until each one is there counts as waiting."""
+        """The loader's batches; the time until each one is there counts as waiting. Each begins a step."""
         batches = iter(loader)
         while True:
-            asked = time.perf_counter()
+            asked = self.marked = time.perf_counter()
             batch = next(batches, None)
             self.waiting += time.perf_counter() - asked
             if batch is None:
                 return
+            self.spans, self.exchanges = [], []
+            self.mark("waiting")
             yield batch
+
+    def mark(self, phase):
+        """All that was done since the last mark was `phase`: waiting, forward, backward, or update, which ends the step."""
+        before, self.marked = self.marked, time.perf_counter()
+        if self.device.type == "cpu":
+            self.spans.append([phase, self.wall + before, self.wall + self.marked])
+        if phase == "update" and self.exchanges:      # they overlap with backward until the last one begins: from then on, all wait
+            self.exposed += max(end for _, end in self.exchanges) - max(begin for begin, _ in self.exchanges)
+
+    def communicated(self, began):
+        """Something that began then (`time.perf_counter`) has now come from the other ranks. Any thread may call."""
+        self.exchanges.append((began, time.perf_counter()))
+
+    def communicating(self, function, *args):
+        """Call the function; the time that it takes is communication."""
+        began = time.perf_counter()
+        function(*args)
+        self.communicated(began)
+
+    def timeline(self):
+        """`spans` with the communication, which may lie beside other phases."""
+        return self.spans + [["communication", self.wall + begin, self.wall + end] for begin, end in self.exchanges]
 
 
 def peak_memory_mib(device):

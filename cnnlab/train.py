@@ -1,97 +1,127 @@
 """THE training loop: a generator of events for one rank. No printing, plotting or saving: that is its consumers' work."""
 
+import copy
 import os
 from functools import partial
-from itertools import count
+from itertools import islice
+from math import ceil
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from . import data, speed
+from . import checkpoint, data, machine, replicas, speed
 from .events import Evaluated, Finished, Progress, Started
 from .model import build, parameters
+from .recipe import Refused
 
 REPORT_EVERY = 0.25      # seconds of training between two Progress events
 
 
-def train(recipe, rank=0, world=1):
+def train(recipe, rank=0, world=1, checkpoints=None):
     """Train as the recipe says and yield events. With `world` ranks, the process group must be ready.
 
     Each rank takes its share of every global batch, so that the gradients averaged over all ranks are those of
-    the whole batch. Speed figures begin after `recipe.warmup_steps`.
+    the whole batch. Speed figures begin after `recipe.warmup_steps`. With a folder `checkpoints`, one is written every
+    `recipe.checkpoint_every` steps, and the run goes on from the newest that is there.
     """
     device = pick_device(recipe, rank)
     speed.set_threads(recipe, world)
     images_of = data.load(recipe)
-    loader = data.train_loader(recipe, images_of.train, rank, world)
     network = build(recipe, images_of.shape)
-    model = speed.prepare(network, recipe, device, world)
-    steps = recipe.steps or recipe.epochs * len(loader)
+    clock = speed.Clock(device)
+    model = speed.prepare(network, recipe, device, world, clock)
+    steps = recipe.steps or recipe.epochs * (len(images_of.train) // recipe.batch_size)
     optimizer, schedule = make_optimizer(recipe, model, steps)
     scaler = speed.grad_scaler(recipe)
+    shared = replicas.attach(optimizer, network, recipe, world, clock)
     layout = torch.channels_last if recipe.memory_format == "channels_last" else torch.contiguous_format
-    shifts = torch.Generator().manual_seed(recipe.seed)      # the same in all ranks: a batch moves as one
     speed.set_seed(recipe.seed, rank)
+    state = network, optimizer, schedule, scaler
+    first = step = checkpoint.resume(checkpoints, *state) if checkpoints else 0
+    if first >= steps:
+        raise Refused(f"the newest checkpoint in {checkpoints} has done {first} steps, and steps={steps} asks for no more: raise epochs or "
+                      f"steps, or name another folder.")
+    loader = data.train_loader(recipe, images_of.train, rank, world, first=first, steps=steps, deal=shared and shared.deal)
+    shifts = islice(data.shifts(recipe.seed), first, None)
 
-    yield Started(rank=rank, world=world, recipe=recipe, pid=os.getpid(), parameters=parameters(network),
-                  train_images=len(images_of.train), test_images=len(images_of.test), steps=steps)
-    clock = speed.Clock(device)
-    step, reported, accuracy, warm = 0, 0, None, (0, 0.0, 0.0)
-    losses, correct = [], 0
+    yield Started(rank=rank, world=world, recipe=recipe, pid=os.getpid(), parameters=parameters(network), train_images=len(images_of.train),
+                  test_images=len(images_of.test), steps=steps, first_step=first, threads=torch.get_num_threads(), cores=machine.affinity())
+    share = recipe.batch_size // world                                 # images of a rank's part of a batch
+    parts = lambda: shared.total() if shared else step * world         # of batches, done by all ranks together
+    accuracy, losses, correct = None, [], 0
+    reported = warm = (step, parts(), 0.0, 0.0, 0.0)
+
+    def progress():
+        """Pause the clock, and say what happened since the last time."""
+        nonlocal losses, correct, reported
+        clock.pause()
+        before, reported = reported, (step, parts(), clock.seconds, clock.waiting, clock.exposed)
+        event = Progress(rank=rank, epoch=epoch, step=parts() // world, images=parts() * share, seconds=clock.seconds,
+                         losses=torch.stack(losses).tolist(), accuracy=int(correct) / ((step - before[0]) * share),
+                         images_per_s=(reported[1] - before[1]) * share / (clock.seconds - before[2]),
+                         warming_up=step - first <= recipe.warmup_steps, spans=clock.timeline())
+        losses, correct = [], 0
+        return event
+
     clock.resume()
-    for epoch in count(1):
+    for epoch in range(1, ceil(steps / len(loader)) + 1):
         for images, labels in clock.waited(loader):
             images = images.to(device, memory_format=layout, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
             if recipe.augment == "shift":
-                images = data.shifted(images, shifts)
-            with speed.autocast(recipe):
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels)
-            scaler.scale(loss).backward()
+                images = data.shifted(images, next(shifts))
+            losses.append(0.0)
+            pieces = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate)))
+            for number, (some, theirs) in enumerate(pieces, start=1):
+                with speed.autocast(recipe), replicas.exchanging(model, number == len(pieces)):
+                    logits = model(some)
+                    loss = F.cross_entropy(logits, theirs) / len(pieces)
+                clock.mark("forward")
+                scaler.scale(loss).backward()
+                clock.mark("backward")
+                losses[-1] += loss.detach()
+                correct += (logits.argmax(1) == theirs).sum()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             schedule.step()
+            clock.mark("update")
 
             step += 1
-            losses.append(loss.detach())
-            correct += (logits.argmax(1) == labels).sum()
-            last_of_epoch = recipe.evaluate and step % len(loader) == 0
-            if clock.running() >= REPORT_EVERY or last_of_epoch or step in (recipe.warmup_steps, steps):
-                before = clock.seconds
-                clock.pause()
-                took, done = clock.seconds - before, step - reported
-                yield Progress(rank=rank, epoch=epoch, step=step, images=step * recipe.batch_size, seconds=clock.seconds,
-                               losses=torch.stack(losses).tolist(), accuracy=int(correct) / (done * len(labels)),
-                               images_per_s=done * recipe.batch_size / took, warming_up=step <= recipe.warmup_steps)
-                losses, correct, reported = [], 0, step
-                if step == recipe.warmup_steps:
-                    warm = (step, clock.seconds, clock.waiting)
+            keep = checkpoints and step % recipe.checkpoint_every == 0
+            if keep or clock.running() >= REPORT_EVERY or step - first == recipe.warmup_steps:
+                yield progress()
+                if step - first == recipe.warmup_steps:
+                    warm = reported
+                if keep:
+                    yield checkpoint.save(checkpoints, step, *state)
                 clock.resume()
-            if step == steps:
-                break
-        if recipe.evaluate:
-            clock.pause()
-            accuracy, mean_loss = evaluate(network, recipe, images_of.test, device, rank, world)
-            yield Evaluated(rank=rank, epoch=epoch, step=step, seconds=clock.seconds, accuracy=accuracy, loss=mean_loss,
+        if losses:
+            yield progress()
+        if recipe.evaluate and epoch * len(loader) > first:
+            accuracy, mean_loss = evaluate(network, recipe, images_of.test, device, rank, world, shared)
+            yield Evaluated(rank=rank, epoch=epoch, step=parts() // world, seconds=clock.seconds, accuracy=accuracy, loss=mean_loss,
                             images=len(images_of.test))
-            clock.resume()
-        if step == steps:
-            break
+        clock.resume()
 
-    timed, seconds = step - warm[0], clock.seconds - warm[1]
-    waiting = (clock.waiting - warm[2]) / timed
-    yield Finished(rank=rank, steps=step, images=step * recipe.batch_size, seconds=clock.seconds, warmup_s=warm[1],
-                   images_per_s=timed * recipe.batch_size / seconds, step_s=seconds / timed, waiting_s=waiting,
-                   compute_s=seconds / timed - waiting, peak_memory_mib=speed.peak_memory_mib(device), accuracy=accuracy)
+    timed, trained, seconds, waiting, exposed = (now - then for now, then in zip(reported, warm))
+    timed = max(1, timed)                    # under async, the others may have left this rank nothing to do
+    exchanged = exposed / timed if device.type == "cpu" else None
+    yield Finished(rank=rank, steps=step, images=parts() * share, seconds=clock.seconds, warmup_s=warm[2], images_per_s=trained * share / seconds,
+                   step_s=seconds / timed, waiting_s=waiting / timed, communication_s=exchanged,
+                   compute_s=(seconds - waiting - exposed) / timed, peak_memory_mib=speed.peak_memory_mib(device), accuracy=accuracy,
+                   staleness=shared.stale / max(1, shared.own) if shared else None)
 
 
 @torch.no_grad()
-def evaluate(network, recipe, dataset, device, rank=0, world=1):
+def evaluate(network, recipe, dataset, device, rank=0, world=1, shared=None):
     """(accuracy, mean loss) over all held-out images; each rank takes every `world`-th, so each is counted once."""
-    if world > 1:
+    if shared:
+        shared.take(network)
+    if world > 1 and recipe.strategy == "local-sgd":        # between two averagings the ranks differ: evaluate their mean
+        network = replicas.averaged(copy.deepcopy(network))
+    elif world > 1:
         for buffer in network.buffers():        # batch-norm statistics differ from rank to rank: take those of rank 0
             dist.broadcast(buffer, 0)
     network.eval()

@@ -10,7 +10,8 @@ import pytest
 import cnnlab
 
 FOLDER = Path(cnnlab.__file__).parent
-ORDER = ["recipe", "events", "record", "model", "data", "machine", "speed", "train", "parallel", "launch", "scaling", "compare", "ladder", "plot",
+ORDER = ["recipe", "events", "record", "scaling", "model", "data", "machine", "replicas", "speed", "checkpoint", "train", "rank", "launch",
+         "compare", "ladder", "plot",
          "panel", "check", "__main__"]
 ALLOWED_UPWARD = set()       # (module, what it imports although that stands below): none
 

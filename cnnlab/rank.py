@@ -1,0 +1,151 @@
+"""What runs in each process of a run: it joins the others, does its job, says how it ends, and never outlives the notebook."""
+
+import faulthandler
+import linecache
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from . import data, machine, speed
+from .recipe import Refused
+from .train import train
+
+kept = []            # the process group: destroyed while a model of it lives, it would take the process down or hang it
+
+
+def main(address):
+    """Say hello, take the job, do it, send what it yields, say how it ended. (The entry point that the agent starts.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)          # an interrupt is for the notebook, which then stops us
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()                                      # so that our loader workers can be stopped with us
+    threading.Thread(target=_watch_parent, args=(address,), daemon=True).start()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with Client(address) as connection:
+        say = _Line(connection)
+        connection.send((rank, os.getpid()))
+        try:
+            job = pickle.loads(connection.recv_bytes())
+            os.environ.update(job["env"])
+            linecache.cache.update(job["cells"])          # so that a traceback shows the lines of notebook cells
+            if hasattr(signal, "SIGUSR1"):                # asked for when we hang: see launch._hanging
+                faulthandler.register(signal.SIGUSR1, open(Path(job["folder"]) / f"stack-{rank}", "w"), all_threads=False)
+            sys.stdout = sys.stderr = _Print(say)
+            _settle(rank, world)
+            if job["backend"]:
+                join(job["backend"], store=dist.FileStore(str(Path(job["folder"]) / "store"), world), rank=rank, world_size=world,
+                     timeout=timedelta(seconds=job["timeout"]))
+            function, args = pickle.loads(job["call"])    # last: what it names is imported as the rank has it
+            for event in function(rank, world, *args):
+                say("event", event)
+            sys.stdout.flush()
+            say("done", None)
+            connection.recv()     # all are done; a rank that dies in the agent's own barrier, further on, would hang the agent
+        except Refused as refusal:
+            say("refused", str(refusal))
+            os._exit(1)
+        except BaseException as error:
+            sys.stdout.flush()
+            say("error", (f"{type(error).__name__}: {error}", traceback.format_exc()))
+            connection.poll(10)                           # the notebook looks at the other ranks, and then ends us all
+            os._exit(1)                                   # at once: peers may hold what a tidy exit would wait for
+
+
+def join(backend, **how):
+    """The process group; `how` goes to `init_process_group`. Later calls of that, in a learner's function, find it ready."""
+    init = dist.init_process_group
+
+    def init_process_group(*args, **options):
+        if not dist.is_initialized():
+            init(*args, **options)
+
+    if "store" in how:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")     # this machine only: loopback
+    init(backend, **how)
+    dist.init_process_group = dist.distributed_c10d.init_process_group = init_process_group
+    kept.append(dist.group.WORLD)
+
+
+def train_here(recipe, checkpoints=None):
+    """Under torchrun, which has started `recipe.replicas` ranks: the events of this one, and at the end, in rank 0, those of all."""
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    _settle(local, int(os.environ["LOCAL_WORLD_SIZE"]))
+    join(backend(recipe, int(os.environ["LOCAL_WORLD_SIZE"])))
+    for turn in (True, False):                  # one rank of each machine downloads, then the others find the files
+        if turn == (local == 0):
+            data.fetch_all(recipe.data)
+        dist.barrier()
+    events = []
+    for event in train(recipe, rank, world, checkpoints):
+        events.append(event)
+        yield event
+    everyone = [None] * world if rank == 0 else None
+    dist.gather_object(events, everyone)
+    for others in (everyone or ())[1:]:
+        yield from others
+
+
+def backend(recipe, local_world):
+    """NCCL wants a GPU for each rank; gloo carries everything else."""
+    return "nccl" if recipe.device == "cuda" and torch.cuda.device_count() >= local_world else "gloo"
+
+
+def _settle(local_rank, local_world):
+    """On its own cores, with as many threads; numpy's random numbers its own, for forked ranks would all draw the same."""
+    threads = max(1, machine.cores() // local_world)      # asked before pinning, which changes the answer
+    speed.pin(local_rank, local_world)
+    torch.set_num_threads(threads)
+    np.random.seed()
+
+
+class _Line:
+    """The connection, for several threads."""
+
+    def __init__(self, connection):
+        self.connection, self.lock = connection, threading.Lock()
+
+    def __call__(self, kind, content):
+        with self.lock:
+            self.connection.send((kind, content))
+
+
+class _Print:
+    """Standard output of a rank: whole lines go to the notebook."""
+
+    def __init__(self, say):
+        self.say, self.rest, self.lock = say, "", threading.RLock()
+
+    def write(self, text):
+        with self.lock:
+            *lines, self.rest = (self.rest + text).split("\n")
+            for line in lines:
+                self.say("print", line)
+        return len(text)
+
+    def flush(self):
+        with self.lock:
+            if self.rest:
+                self.write("\n")
+
+    def isatty(self):
+        return False
+
+
+def _watch_parent(address):
+    """End with the notebook: without this, a killed kernel would leave its ranks, and its folder, behind."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    if isinstance(address, str):
+        shutil.rmtree(Path(address).parent, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL) if hasattr(os, "killpg") else os._exit(1)
