@@ -35,7 +35,7 @@ class Progress:
     accuracy: float                  # share of this rank's training images classified rightly meanwhile
     images_per_s: float              # all ranks together, meanwhile
     warming_up: bool                 # these steps are not part of the speed figures
-    spans: list                      # the last step: [phase, begin, end], seconds since 1970; empty on a GPU
+    spans: list                      # the last steps: [phase, begin, end], seconds since 1970; empty on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)

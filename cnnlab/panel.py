@@ -1,7 +1,7 @@
 """Controls that make a recipe, and the live board: press Run, watch real training, move a slider, press Stop.
 
 The cell that shows a panel returns at once. Training runs in other processes; one thread takes in what they say,
-another draws, at most four times a second. Buttons and sliders only set events, so that they answer at once.
+another draws, at most three times a second. Buttons and sliders only set events, so that they answer at once.
 """
 
 import base64
@@ -19,12 +19,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from . import launch, machine, plot
+from .compare import Measurement, slowest, speedup
 from .events import Finished, Progress, Started
 from .ladder import climb as climb_ladder
 from .ladder import result, techniques
 from .recipe import Refused, legend
+from .scaling import amdahl, fit_serial, gustafson
 
-REDRAW_EVERY = 0.3       # seconds
+REDRAW_EVERY = 0.3       # seconds, at least ...
+REDRAW_SHARE = 0.02      # ... and longer where drawing would take more than this share of a core from the training
 EARLIER_RUNS = 4         # how many stay on the plot for comparison
 
 
@@ -173,10 +176,13 @@ class Panel(widgets.VBox):
             self.said, self.status.value, self.bar.value = now, line, share
 
     def _keep_drawing(self, over):
-        while not over.wait(REDRAW_EVERY):
-            if self.changed.is_set():
-                self.changed.clear()
-                self.image.value = self.picture.png(self.draw)
+        while not over.is_set():
+            if not self.changed.wait(REDRAW_EVERY):
+                continue
+            self.changed.clear()
+            began = time.thread_time()
+            self.image.value = self.picture.png(self.draw)
+            over.wait(max(REDRAW_EVERY, (time.thread_time() - began) / REDRAW_SHARE))
 
     def _keep(self):
         """Leave the last picture in the notebook as a plain image, for pages that cannot run widgets."""
@@ -210,10 +216,7 @@ class Training(Panel):
 
     def __init__(self, base, vary, draw=(plot.loss, plot.accuracy), **options):
         self.base, self.runs, self.events = base, {}, []
-        sliders = {name: widgets.SelectionSlider(options=values, value=getattr(base, name) if getattr(base, name) in values else values[0],
-                                                 description=name, continuous_update=False, style={"description_width": "initial"},
-                                                 layout={"width": "320px"})
-                   for name, values in vary.items()}
+        sliders = {name: slider(name, values, getattr(base, name)) for name, values in vary.items()}
         self.fresh, self.one_each = False, draw
         super().__init__(sliders, self._work, self._take, self._draw, Picture(len(draw)), **options)
 
@@ -241,13 +244,84 @@ class Training(Panel):
     def _take(self, event):
         self.events.append(event)
         started = next((e for e in self.events if isinstance(e, Started)), None)
-        if isinstance(event, Progress):
-            text = f"step {event.step} of {started.steps}, epoch {event.epoch}: loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s"
-            return event.step / started.steps, text
-        if isinstance(event, Finished):
-            held_out = "" if event.accuracy is None else f", held-out accuracy {100 * event.accuracy:.1f}%"
-            return 1.0, f"{event.images:,} images in {event.seconds:.1f} s: {event.images_per_s:,.0f} images/s{held_out}"
-        return None
+        return told(event, started)
+
+
+class Scaling(Panel):
+    """A slider of ranks, and a switch: strong scaling (the batch is shared out) or weak (each rank has a batch of its own).
+
+    Run trains `base` with so many ranks, and then, for the machine may have changed meanwhile, the baseline: one rank
+    without DDP. Their ratio is a point of the curve; each further Run of the same adds a repeat to it. One rank alone is measured *with* DDP:
+    what the technique itself costs. `vary`: further fields, a slider each. `prediction()`: {ranks: speedup}, or None.
+    `.points`: {(switch, values of `vary`): {ranks: (baseline's `Measurement`, its own)}}.
+    """
+
+    def __init__(self, base, ranks=(1, 2, 4), vary=None, prediction=lambda: None):
+        self.base, self.prediction, self.points, self.events, self.label = base, prediction, {}, [], ""
+        self.fresh, self.setting = True, None
+        controls = {"replicas": slider("replicas", ranks, ranks[0]), "scaling": widgets.ToggleButtons(options=["strong", "weak"], layout={"width": "260px"})}
+        controls |= {name: slider(name, values, getattr(base, name)) for name, values in (vary or {}).items()}
+        controls["scaling"].style.button_width = "100px"
+        picture = Picture(2, (9.4, 3.4))
+        picture.figure.subplots_adjust(wspace=0.17, top=0.91, bottom=0.15)
+        super().__init__(controls, self._work, self._take, self._draw, picture)
+
+    def _work(self, values, stop):
+        """The run with so many ranks, then the baseline; both or neither become a repeat."""
+        ranks, weak = values.pop("replicas"), values["scaling"] == "weak"
+        self.setting, self.fresh = tuple(values.items()), True
+        del values["scaling"]
+        alone = self.base.but(replicas=1, strategy=None)
+        recipe = self.base.but(replicas=ranks, strategy=self.base.strategy or "ddp", batch_size=self.base.batch_size * (ranks if weak else 1), **values)
+        rates = []
+        for self.label, each in ((f"{ranks} rank{'s' * (ranks > 1)} with DDP", recipe), ("one rank without DDP", alone)):
+            self.events, finished = [], []
+            for event in launch.run(each, stop):
+                finished += [event] if isinstance(event, Finished) else []
+                yield event
+            if len(finished) < each.replicas:
+                return
+            rates.append(slowest(finished))
+            if each is recipe:
+                seen = self.events
+        points = self.points.setdefault(self.setting, {})
+        before = points.get(ranks) or (Measurement(name="one rank without DDP", recipe=alone), Measurement(name=self.label, recipe=recipe))
+        points[ranks] = before[0].add(rates[1]), before[1].add(rates[0])
+        self.events, self.fresh = seen, True
+        yield rates
+
+    def _take(self, event):
+        if isinstance(event, list):             # both have run
+            ours, baseline = event
+            gain, world = ours.images_per_s / baseline.images_per_s, len(self.events and {e.rank for e in self.events})
+            share = 100 * (ours.communication_s or 0) / ours.step_s
+            return 1.0, (f"{ours.images_per_s:,.0f} images/s, <b>{gain:.2f} times</b> one rank without DDP ({baseline.images_per_s:,.0f}); "
+                         f"{share:.0f}% of a step waiting for other ranks" + crowd(world, self.base.threads))
+        self.events.append(event)
+        said = told(event, next((e for e in self.events if isinstance(e, Started)), None))
+        half = 0.0 if "with DDP" in self.label else 0.5
+        return said and (half + said[0] / 2, f"{self.label}: {said[1]}")
+
+    def _draw(self, axes):
+        if self.fresh:
+            self.fresh = False
+            for ax in axes:
+                ax.clear()
+            self._draw_curve(axes[1])
+        plot.timeline(axes[0], {self.label: self.events})
+
+    def _draw_curve(self, ax):
+        kind = dict(self.setting or ()).get("scaling", "strong")
+        points, law = self.points.get(self.setting, {}), gustafson if kind == "weak" else amdahl
+        workers = sorted(points)
+        measured = [speedup(*points[n]) for n in workers]
+        serial = fit_serial(workers, [gain.value for gain in measured], law) if any(n > 1 for n in workers) else None
+        plot.scaling(ax, workers, measured, serial, self.prediction(), law)
+        ax.set(xlabel="ranks", ylabel="times one rank without DDP")
+        ax.set_title(f"{kind} scaling: " + ("a batch for each rank" if kind == "weak" else "one batch, shared out"), fontsize=10)
+        if not workers:
+            ax.set_xticks(self.controls["replicas"].options)
+            ax.set_xlim(0.5, max(self.controls["replicas"].options) + 0.5)
 
 
 class Ladder(Panel):
@@ -308,6 +382,30 @@ class Prediction(widgets.VBox):
         self.value = self.box.value
         self.box.disabled = self.button.disabled = True
         self.said.value = f"Your prediction: <b>{self.value:,.10g} {self.unit}</b>"
+
+
+def slider(name, values, value):
+    """A slider over these values, whose moves count when it is let go."""
+    return widgets.SelectionSlider(options=[("any" if each is None else str(each), each) for each in values] if None in values else values,
+                                   value=value if value in values else values[0], description=name, continuous_update=False,
+                                   style={"description_width": "initial"}, layout={"width": "320px"})
+
+
+def told(event, started):
+    """(share done, a line of text) of an event of a run, or None where there is nothing to say."""
+    if isinstance(event, Progress):
+        text = f"step {event.step} of {started.steps}, epoch {event.epoch}: loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s"
+        return event.step / started.steps, text + crowd(started.world, started.threads)
+    if isinstance(event, Finished):
+        held_out = "" if event.accuracy is None else f", held-out accuracy {100 * event.accuracy:.1f}%"
+        return 1.0, f"{event.images:,} images in {event.seconds:.1f} s: {event.images_per_s:,.0f} images/s{held_out}"
+    return None
+
+
+def crowd(ranks, threads):
+    """What to say of ranks that do not have a core for each of their threads."""
+    cores = machine.cores()
+    return f" &ndash; {ranks} ranks of {threads} thread{'s' * (threads > 1)} share {cores} core{'s' * (cores > 1)}" if ranks > 1 and ranks * (threads or 1) > cores else ""
 
 
 def _escaped(text):

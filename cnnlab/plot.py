@@ -11,34 +11,37 @@ from .scaling import amdahl
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")    # Okabe and Ito: told apart by everyone
 LOST, RECORDED, PREDICTED = "#BBBBBB", "#888888", "#000000"
+BY = {"images": "training images seen", "seconds": "seconds of training"}
+PHASES = {"waiting": "#E69F00", "forward": "#56B4E9", "backward": "#0072B2", "update": "#009E73", "communication": "#D55E00"}
 CLEAR = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}       # behind text that may lie on a line
 
 
-def loss(ax, runs):
-    """Training loss of each step, mean over the ranks, against images seen. `runs`: {label: its events so far}."""
+def loss(ax, runs, by="images"):
+    """Training loss of each step, mean over the ranks. `runs`: {label: its events so far}; `by`: "images" seen, or "seconds"."""
+    highest = 0.0
     for number, (label, events) in enumerate(runs.items()):
-        images, losses = losses_of(events)
+        x, losses = losses_of(events, by)
         colour = COLOURS[number % len(COLOURS)]
-        _curve(ax, f"{number} raw", images, losses, color=colour, alpha=0.3, linewidth=0.8)
-        _curve(ax, f"{number} mean", images, _running_mean(losses), color=colour, linewidth=1.8, label=label)
-    _frame(ax, "training loss (cross-entropy)", "training images seen", runs)
-    highest = max((max(losses_of(events)[1], default=0) for events in runs.values()), default=0)
+        _curve(ax, f"{number} raw", x, losses, color=colour, alpha=0.3, linewidth=0.8)
+        _curve(ax, f"{number} mean", x, _running_mean(losses), color=colour, linewidth=1.8, label=label)
+        highest = max([highest, *losses])
+    _frame(ax, "training loss (cross-entropy)", BY[by], runs)
     ax.set_ylim(0, 2.5 if highest < 2.5 else min(2.0 ** np.ceil(np.log2(highest)), 64) if np.isfinite(highest) else 64)
 
 
-def accuracy(ax, runs):
-    """Accuracy against images seen: held-out images as points, training images, as they came, as a faint line."""
+def accuracy(ax, runs, by="images"):
+    """Accuracy against images seen, or seconds: held-out images as points, training images, as they came, as a faint line."""
     for number, (label, events) in enumerate(runs.items()):
         colour = COLOURS[number % len(COLOURS)]
         shown = [event for event in events if event.rank == 0]
         progress = [event for event in shown if isinstance(event, Progress)]
         held_out = [event for event in shown if isinstance(event, Evaluated)]
         batch = _recipe(shown).batch_size if progress or held_out else 1
-        _curve(ax, f"{number} train", [e.images for e in progress], [100 * e.accuracy for e in progress], color=colour,
-               alpha=0.35, linewidth=1)
-        _curve(ax, f"{number} test", [e.step * batch for e in held_out], [100 * e.accuracy for e in held_out], color=colour,
+        x = lambda event: event.seconds if by == "seconds" else event.step * batch
+        _curve(ax, f"{number} train", [x(e) for e in progress], [100 * e.accuracy for e in progress], color=colour, alpha=0.35, linewidth=1)
+        _curve(ax, f"{number} test", [x(e) for e in held_out], [100 * e.accuracy for e in held_out], color=colour,
                marker="o", markersize=4, linewidth=1.5, label=label)
-    _frame(ax, "accuracy (%): held out (points), training (faint)", "training images seen", runs)
+    _frame(ax, "accuracy (%): held out (points), training (faint)", BY[by], runs)
     ax.set_ylim(0, 102)
 
 
@@ -52,6 +55,37 @@ def throughput(ax, runs):
         highest = max([highest, *rates])
     _frame(ax, "images/s", "seconds of training", runs)
     ax.set_ylim(0, _round_up(1.1 * highest))
+
+
+def timeline(ax, runs):
+    """The last steps of the newest run, a row a rank: what it did when, and below the bar, what came from other ranks meanwhile."""
+    events = list(runs.values())[-1] if runs else []
+    last = {}
+    for event in events:
+        if isinstance(event, Progress) and event.spans:
+            last[event.rank] = event
+    world = max((event.world for event in events if isinstance(event, Started)), default=1)
+    until = min((max(end for _, _, end in event.spans) for event in last.values()), default=0.0)
+    since = max((min(begin for _, begin, _ in event.spans) for event in last.values()), default=0.0)
+    for phase, colour in PHASES.items():
+        shared = phase == "communication"
+        spans = [(rank + 0.34 * shared, begin, end) for rank, event in last.items() for name, begin, end in event.spans
+                 if name == phase and end > since and begin < until]
+        x = [1000 * (time - since) for _, begin, end in spans for time in (begin, end, np.nan)]
+        y = [row for row, _, _ in spans for _ in range(3)]
+        _curve(ax, phase, x, y, color=colour, linewidth=(30 if shared else 90) / max(world, 3), solid_capstyle="butt", label=phase)
+    width, shown = 1000 * max(until - since, 0.001), ax.get_xlim()[1] if ax.get_legend() else 0
+    if not width <= shown <= 3 * width:        # limits stay while they fit: a live picture is then drawn faster
+        ax.set_xlim(0, _round_up(1.1 * width))
+    ax.set_ylim(world - 0.3, -1.1)             # room above for the legend
+    if len(ax.get_yticklabels()) != world or not ax.get_legend():
+        ax.set_yticks(range(world), [f"rank {rank}" for rank in range(world)])
+        ax.set_xlabel("milliseconds: the last steps")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8, ncols=len(PHASES), loc="upper left", columnspacing=0.8, handlelength=0.8,
+                  handletextpad=0.4, borderaxespad=0)
+        for line in ax.get_legend().get_lines():
+            line.set_linewidth(6)
 
 
 def where_time_goes(ax, runs):
@@ -156,40 +190,54 @@ def roofline(ax, peaks, points=None, precision="fp32"):
     _plain(ax)
 
 
-def scaling(ax, workers, measured, serial=None, prediction=None):
-    """Speedup against workers: measured points beside the ideal line, and Amdahl's curve for a serial share.
+def scaling(ax, workers, measured, serial=None, prediction=None, law=amdahl):
+    """Speedup against workers: measured points beside the ideal line, and the law's curve for a serial share.
 
-    `measured`: a `Speedup` for each entry of `workers`. `prediction`: {workers: speedup}, made before.
+    `measured`: a `Speedup` for each entry of `workers`. `prediction`: {workers: speedup}, made before. `law`: `amdahl` where
+    the work stays the same (strong scaling), `gustafson` where it grows with the workers (weak scaling).
     """
-    n = np.linspace(1, max(workers), 50)
+    n = np.linspace(1, max([2, *workers]), 50)
     ax.plot(n, n, "--", color=LOST, label="ideal")
     if serial is not None:
-        ax.plot(n, amdahl(n, serial), color=COLOURS[1], label=f"Amdahl, {100 * serial:.0f}% serial")
+        ax.plot(n, law(n, serial), color=COLOURS[1], label=f"{law.__name__.title()}, {100 * serial:.0f}% serial")
     values = [speedup.value for speedup in measured]
-    spread = [[max(0, s.value - s.low) for s in measured], [min(s.high, 2 * s.value) - s.value for s in measured]]
-    ax.errorbar(workers, values, yerr=spread, fmt="o", color=COLOURS[0], capsize=3, label="measured (95% confidence)")
+    known = [np.isfinite(s.high) for s in measured]              # one run alone has no interval
+    spread = [[(s.value - s.low) * k for s, k in zip(measured, known)], [min(s.high - s.value, s.value) if k else 0 for s, k in zip(measured, known)]]
+    ax.errorbar(workers, values, yerr=spread, fmt="o", color=COLOURS[0], capsize=3, label="measured" + " (95% confidence)" * any(known))
     if prediction:
         ax.plot(list(prediction), list(prediction.values()), "x", color=PREDICTED, markersize=9, label="your prediction")
-    ax.set_xticks(workers)
+    ax.set_xticks(sorted({1, *workers}))
     ax.set_xlabel("workers")
-    ax.set_ylabel(f"speedup over {measured[0].baseline}")
-    ax.set_ylim(bottom=0)
-    ax.legend(frameon=False)
+    ax.set_ylabel(f"speedup over {measured[0].baseline}" if measured else "speedup")
+    ax.set_ylim(0, 1.1 * max([2, *workers, *values]))
+    ax.legend(frameon=False, fontsize=9, loc="upper left")
     _plain(ax)
 
 
-def losses_of(events):
-    """(images seen, loss) of every step: the mean over the ranks, as far as all ranks have reported."""
-    ranks = {}
+def losses_of(events, by="images"):
+    """(images seen, or seconds of training; loss) of every step: mean over the ranks, as far as all have reported.
+
+    Under async, whose ranks take steps of their own, those of rank 0. What was trained again after a restart counts once.
+    """
+    ranks, begun, world, alone = {}, {}, 0, False            # {rank: [(images, seconds, loss)]}, {rank: (images, seconds) at its start}
     for event in events:
-        if isinstance(event, Progress):
-            ranks.setdefault(event.rank, []).extend(event.losses)
-    world = max((event.world for event in events if isinstance(event, Started)), default=0)
-    if not ranks or len(ranks) < world:
+        if isinstance(event, Started):
+            world, alone = event.world, event.recipe.strategy == "async"
+            images = event.first_step * event.recipe.batch_size
+            kept = ranks[event.rank] = [point for point in ranks.get(event.rank, []) if point[0] <= images]
+            begun[event.rank] = images, kept[-1][1] if kept else 0.0
+        elif isinstance(event, Progress) and event.rank in ranks:
+            points, steps = ranks[event.rank], len(event.losses)
+            images, seconds = points[-1][:2] if points else begun[event.rank]
+            new = np.linspace((images, seconds), (event.images, begun[event.rank][1] + event.seconds), steps + 1)[1:]
+            points += [(*at, loss) for at, loss in zip(new, event.losses)]
+    if alone:
+        ranks, world = {0: ranks.get(0, [])}, 1
+    done = min(map(len, ranks.values())) if ranks and len(ranks) >= world else 0
+    if not done:
         return [], []
-    batch, done = _recipe(events).batch_size, min(map(len, ranks.values()))
-    losses = np.mean([losses[:done] for losses in ranks.values()], axis=0)
-    return batch * np.arange(1, done + 1), losses
+    points = np.mean([points[:done] for points in ranks.values()], axis=0)
+    return points[:, 1 if by == "seconds" else 0], points[:, 2]
 
 
 def _recipe(events):

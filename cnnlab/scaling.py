@@ -23,15 +23,16 @@ def gustafson(workers, serial):
     return serial + (1 - serial) * np.asarray(workers, float)
 
 
-def fit_serial(workers, speedups):
-    """The serial share for which Amdahl's law comes nearest to measured speedups (least squares in 1/S), 0 to 1.
+def fit_serial(workers, speedups, law=amdahl):
+    """The serial share, 0 to 1, for which the law, `amdahl` or `gustafson`, comes nearest to measured speedups.
 
-    Amdahl's law is a straight line in 1/S: 1/S - 1/n = serial (1 - 1/n). Needs a point with more than one worker.
+    Least squares where the law is a straight line: 1/S - 1/n = serial (1 - 1/n), and n - S = serial (n - 1). Needs a point with
+    more than one worker.
     """
     n, s = np.asarray(workers, float), np.asarray(speedups, float)
     if not (n > 1).any():
         raise Refused(f"workers={list(workers)} has no point with more than one worker: measure 2 or more as well.")
-    x, y = 1 - 1 / n, 1 / s - 1 / n
+    x, y = (1 - 1 / n, 1 / s - 1 / n) if law is amdahl else (n - 1, n - s)
     return float(np.clip((x @ y) / (x @ x), 0, 1))
 
 

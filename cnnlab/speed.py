@@ -4,6 +4,7 @@ import os
 import random
 import sys
 import time
+from collections import deque
 from contextlib import nullcontext
 
 import numpy as np
@@ -94,12 +95,12 @@ class Clock:
     """Times a training loop, in seconds. It stands still while a consumer of the loop's events is busy.
 
     `seconds` counts training only, up to the last pause; of it, `waiting` was spent on the loader, and `exposed` on other
-    ranks with nothing else to do. `spans` has the last step: [phase, begin, end] on the clock on the wall, so that
-    the ranks' rows fit together. Phases and communication are told apart on the CPU only: a GPU runs them on its own.
+    ranks with nothing else to do. Phases and communication are told apart on the CPU only: a GPU runs them on its own.
     """
 
     def __init__(self, device):
         self.device, self.spans, self.exchanges = device, [], []
+        self.recent = deque(maxlen=4)        # (spans, exchanges) of the last steps
         self.seconds = self.waiting = self.exposed = self.resumed = self.marked = 0.0
         self.wall = time.time() - time.perf_counter()
 
@@ -124,6 +125,7 @@ class Clock:
             if batch is None:
                 return
             self.spans, self.exchanges = [], []
+            self.recent.append((self.spans, self.exchanges))
             self.mark("waiting")
             yield batch
 
@@ -146,8 +148,12 @@ class Clock:
         self.communicated(began)
 
     def timeline(self):
-        """`spans` with the communication, which may lie beside other phases."""
-        return self.spans + [["communication", self.wall + begin, self.wall + end] for begin, end in self.exchanges]
+        """[phase, begin, end] of the last steps, on the clock on the wall, so that the ranks' rows fit together.
+
+        The phase "communication" may lie beside others.
+        """
+        shared = [["communication", self.wall + begin, self.wall + end] for _, exchanges in self.recent for begin, end in exchanges]
+        return [span for spans, _ in self.recent for span in spans] + shared
 
 
 def peak_memory_mib(device):

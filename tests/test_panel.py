@@ -138,3 +138,52 @@ def wait_for(condition, seconds=10):
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)
+
+
+def test_the_scaling_panel_gains_a_point_for_each_number_of_ranks():
+    guess = {2: 1.5}
+    board = panel.Scaling(SHORT.but(threads=1), ranks=(1, 2), prediction=lambda: guess)
+    for count in (2, 1, 2):
+        board.controls["replicas"].value = count          # before the first Run this only chooses; afterwards it runs
+        if not board.started:
+            board.run()
+        board.wait()
+        assert "times" in board.status.value, board.status.value
+    measured = next(iter(board.points.values()))
+    assert sorted(measured) == [1, 2]
+    for baseline, own in measured.values():
+        assert baseline.recipe.replicas == 1 and baseline.recipe.strategy is None and own.recipe.strategy == "ddp"
+        assert len(baseline.images_per_s) == len(own.images_per_s)
+    assert [len(own.images_per_s) for _, own in (measured[1], measured[2])] == [1, 2]
+
+
+def test_weak_scaling_gives_each_rank_a_batch_of_its_own_and_a_curve_of_its_own():
+    board = panel.Scaling(SHORT.but(threads=1), ranks=(1, 2))
+    board.controls["scaling"].value = "weak"
+    board.controls["replicas"].value = 2
+    board.run()
+    board.wait()
+    ((setting, measured),) = board.points.items()
+    assert dict(setting)["scaling"] == "weak"
+    baseline, own = measured[2]
+    assert own.recipe.batch_size == 2 * baseline.recipe.batch_size
+
+
+def test_a_stopped_scaling_run_leaves_no_point():
+    board = panel.Scaling(LONG.but(evaluate=False), ranks=(2,))
+    board.run()
+    wait_for(lambda: "step" in board.status.value)
+    board.stop()
+    board.wait()
+    assert board.status.value.startswith("Stopped.") and not any(board.points.values())
+    wait_for(lambda: not ranks())
+
+
+def test_a_crowd_of_ranks_is_said():
+    cores = panel.machine.cores()
+    board = panel.Training(SHORT.but(replicas=2 * cores, batch_size=16 * cores, threads=1), {"seed": [0]})
+    lines = []
+    board.status.observe(lambda change: lines.append(change["new"]), "value")
+    board.run()
+    board.wait()
+    assert any(f"{2 * cores} ranks of 1 thread share {cores} core" in line for line in lines)

@@ -206,3 +206,42 @@ def test_scaling_shows_the_points_beside_the_law(ax):
 
 def test_the_run_drawn_here_is_real(short_run):
     assert isinstance(short_run[0], Started) and isinstance(short_run[-1], Finished)
+
+
+def spans(start):
+    """A step of a rank that begins then: 10 ms of waiting, 20 forward, 30 backward with communication beside its end, 5 update."""
+    edges = [("waiting", 0, 10), ("forward", 10, 30), ("backward", 30, 60), ("communication", 45, 58), ("update", 60, 65)]
+    return [[phase, start + begin / 1000, start + end / 1000] for phase, begin, end in edges]
+
+
+def test_the_timeline_has_a_row_for_each_rank_and_a_bar_for_each_span(ax):
+    events = [event for rank in (0, 1) for event in (begun(rank, 2), told(rank, 5, [1.0], spans=spans(1e9 + 0.001 * rank)))]
+    plot.timeline(ax, {"now": events})
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["rank 0", "rank 1"]
+    for line in ax.lines:
+        x = np.array(line.get_xdata(), float).reshape(-1, 3)
+        begin, end = next((b, e) for phase, b, e in spans(0.0) if phase == line.get_gid())
+        np.testing.assert_allclose(x[:, 1] - x[:, 0], 1000 * (end - begin), atol=1e-3)
+        assert len(x) == 2
+    plot.timeline(ax, {"now": events})                       # again, on the same axes: only points move
+    assert len(ax.lines) == len(plot.PHASES)
+
+
+def test_steps_that_are_trained_again_after_a_restart_count_once():
+    batch = 10
+    events = [begun(0, 1, batch=batch), told(0, 3, [3.0, 2.0, 1.0], batch=batch), begun(0, 1, batch=batch, first=2), told(0, 4, [0.5, 0.4], batch=batch)]
+    images, losses = plot.losses_of(events)
+    assert list(losses) == [3.0, 2.0, 0.5, 0.4] and list(images) == [10, 20, 30, 40]
+    seconds, _ = plot.losses_of(events, "seconds")
+    assert all(later > earlier for earlier, later in zip(seconds, seconds[1:]))
+
+
+def begun(rank, world, batch=10, first=0):
+    from cnnlab.recipe import Recipe
+    return plot.Started(rank=rank, world=world, recipe=Recipe(batch_size=batch, replicas=world), pid=1, parameters=1, train_images=100,
+                        test_images=10, steps=10, first_step=first, threads=1, cores=None)
+
+
+def told(rank, step, losses, batch=10, spans=()):
+    return plot.Progress(rank=rank, epoch=1, step=step, images=step * batch, seconds=step / 10, losses=losses, accuracy=0.5, images_per_s=100.0,
+                         warming_up=False, spans=list(spans))
