@@ -274,7 +274,8 @@ class Scaling(Panel):
         alone = self.base.but(replicas=1, strategy=None)
         recipe = self.base.but(replicas=ranks, strategy=self.base.strategy or "ddp", batch_size=self.base.batch_size * (ranks if weak else 1), **values)
         rates = []
-        for self.label, each in ((f"{ranks} rank{'s' * (ranks > 1)} with DDP", recipe), ("one rank without DDP", alone)):
+        ours = f"{ranks} rank{'s' * (ranks > 1)} with DDP"
+        for self.label, each in ((ours, recipe), ("one rank without DDP", alone)):
             self.events, finished = [], []
             for event in launch.run(each, stop):
                 finished += [event] if isinstance(event, Finished) else []
@@ -285,9 +286,9 @@ class Scaling(Panel):
             if each is recipe:
                 seen = self.events
         points = self.points.setdefault(self.setting, {})
-        before = points.get(ranks) or (Measurement(name="one rank without DDP", recipe=alone), Measurement(name=self.label, recipe=recipe))
+        before = points.get(ranks) or (Measurement(name="one rank without DDP", recipe=alone), Measurement(name=ours, recipe=recipe))
         points[ranks] = before[0].add(rates[1]), before[1].add(rates[0])
-        self.events, self.fresh = seen, True
+        self.events, self.label, self.fresh = seen, ours, True
         yield rates
 
     def _take(self, event):
@@ -295,7 +296,7 @@ class Scaling(Panel):
             ours, baseline = event
             gain, world = ours.images_per_s / baseline.images_per_s, len(self.events and {e.rank for e in self.events})
             share = 100 * (ours.communication_s or 0) / ours.step_s
-            return 1.0, (f"{ours.images_per_s:,.0f} images/s, <b>{gain:.2f} times</b> one rank without DDP ({baseline.images_per_s:,.0f}); "
+            return 1.0, (f"{self.label}: {ours.images_per_s:,.0f} images/s, <b>{gain:.2f} times</b> one rank without DDP ({baseline.images_per_s:,.0f}); "
                          f"{share:.0f}% of a step waiting for other ranks" + crowd(world, self.base.threads))
         self.events.append(event)
         said = told(event, next((e for e in self.events if isinstance(e, Started)), None))

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Client
@@ -33,8 +34,11 @@ def main(address):
         os.setpgrp()                                      # so that our loader workers can be stopped with us
     threading.Thread(target=_watch_parent, args=(address,), daemon=True).start()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if sys.platform == "linux":                           # as where no fork server is: loader workers are there at once, and leave no semaphores
+        multiprocessing.set_start_method("fork", force=True)
     with Client(address) as connection:
         say = _Line(connection)
+        os.register_at_fork(after_in_child=lambda: _forked(connection))
         connection.send((rank, os.getpid()))
         try:
             job = pickle.loads(connection.recv_bytes())
@@ -98,8 +102,8 @@ def train_here(recipe, checkpoints=None):
 
 
 def backend(recipe, local_world):
-    """NCCL wants a GPU for each rank; gloo carries everything else."""
-    return "nccl" if recipe.device == "cuda" and torch.cuda.device_count() >= local_world else "gloo"
+    """NCCL wants a GPU for each rank, and takes nothing from the CPU; gloo carries everything else."""
+    return "cpu:gloo,cuda:nccl" if recipe.device == "cuda" and torch.cuda.device_count() >= local_world else "gloo"
 
 
 def _settle(local_rank, local_world):
@@ -118,7 +122,12 @@ class _Line:
 
     def __call__(self, kind, content):
         with self.lock:
-            self.connection.send((kind, content))
+            try:
+                self.connection.send((kind, content))
+            except OSError:                               # the notebook has stopped us, or has gone: then the thread that watches it ends us
+                if multiprocessing.connection.wait([multiprocessing.parent_process().sentinel], 0.2):
+                    time.sleep(10)
+                os._exit(1)
 
 
 class _Print:
@@ -141,6 +150,12 @@ class _Print:
 
     def isatty(self):
         return False
+
+
+def _forked(connection):
+    """In a loader worker: it would keep the line open when its rank is killed, and what it prints would get into the rank's words."""
+    connection.close()
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def _watch_parent(address):

@@ -153,5 +153,6 @@ def pick_device(recipe, rank):
     """The CPU, or the GPU of this rank: ranks share GPUs in turn where there are fewer."""
     if recipe.device == "cpu":
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", rank))
-    return torch.device("cuda", local % torch.cuda.device_count())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)           # what NCCL and `cuda` without a number then mean
+    return device

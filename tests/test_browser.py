@@ -61,6 +61,38 @@ def test_the_ladder_grows_and_stops(lab, open_lesson):
     assert not ranks_alive()
 
 
+def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_its_points(lab, open_lesson):
+    lesson = lab["root"] / "10_data_parallel.ipynb"
+    lesson.write_text(lesson.read_text().replace('\\"CNNLAB_QUICK\\" in os.environ', "True"))      # smaller work, as the tests have it
+    page = open_lesson("10_data_parallel.ipynb")
+    run_all(page, 240)
+    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    panel = page.locator(".cnnlab-panel").first
+    panel.scroll_into_view_if_needed()
+    handle = panel.locator(".cnnlab-replicas .noUi-handle")
+    handle.press("ArrowLeft")                                   # from 2 to 1; nothing runs before the first Run
+
+    before = picture(panel)
+    panel.locator(".cnnlab-run").click()
+    status(panel, "1 rank with DDP", "times")
+    for key, ranks in (("ArrowRight", 2), ("ArrowRight", 4), ("ArrowLeft", 2), ("ArrowLeft", 1)):
+        handle.press(key)                                       # a moved slider trains anew
+        status(panel, f"{ranks} rank", "with DDP", "times")
+        after = picture(panel)
+        assert after != before, "the curve gained no point"
+        before = after
+    panel.locator(".cnnlab-run").click()
+    status(panel, "step ")
+    panel.locator(".cnnlab-stop").click()
+    status(panel, "Stopped")
+    kernel_answers(page)
+    assert not ranks_alive()
+    panel.locator(".cnnlab-run").click()
+    status(panel, "1 rank with DDP", "times")
+    assert not ranks_alive()
+    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]").count() == 0
+
+
 def test_a_prediction_is_kept_and_cannot_be_changed(open_lesson):
     page = open_lesson("00_start_here.ipynb")
     run_all(page)
