@@ -28,6 +28,7 @@ from .scaling import amdahl, fit_serial, gustafson
 
 REDRAW_EVERY = 0.3       # seconds, at least ...
 REDRAW_SHARE = 0.02      # ... and longer where drawing would take more than this share of a core from the training
+NO_LIMIT = "no limit"    # what a slider shows where the recipe has None
 EARLIER_RUNS = 4         # how many stay on the plot for comparison
 
 
@@ -113,7 +114,7 @@ class Panel(widgets.VBox):
     @property
     def values(self):
         """{name: value} of the controls."""
-        return {name: control.value for name, control in self.controls.items()}
+        return {name: None if control.value == NO_LIMIT else control.value for name, control in self.controls.items()}
 
     def run(self, _=None):
         """Start, or start anew. Returns at once."""
@@ -258,8 +259,8 @@ class Scaling(Panel):
 
     def __init__(self, base, ranks=(1, 2, 4), vary=None, prediction=lambda: None):
         self.base, self.prediction, self.points, self.events, self.label = base, prediction, {}, [], ""
-        self.fresh, self.setting = True, None
-        controls = {"replicas": slider("replicas", ranks, ranks[0]), "scaling": widgets.ToggleButtons(options=["strong", "weak"], layout={"width": "260px"})}
+        self.fresh, self.setting, self.shown = True, None, base
+        controls = {"replicas": slider("replicas", ranks, ranks[min(1, len(ranks) - 1)]), "scaling": widgets.ToggleButtons(options=["strong", "weak"], layout={"width": "260px"})}
         controls |= {name: slider(name, values, getattr(base, name)) for name, values in (vary or {}).items()}
         controls["scaling"].style.button_width = "100px"
         picture = Picture(2, (9.4, 3.4))
@@ -269,7 +270,7 @@ class Scaling(Panel):
     def _work(self, values, stop):
         """The run with so many ranks, then the baseline; both or neither become a repeat."""
         ranks, weak = values.pop("replicas"), values["scaling"] == "weak"
-        self.setting, self.fresh = tuple(values.items()), True
+        self.setting, self.fresh, self.shown = tuple(values.items()), True, self.base.but(**{name: values[name] for name in values if name != "scaling"})
         del values["scaling"]
         alone = self.base.but(replicas=1, strategy=None)
         recipe = self.base.but(replicas=ranks, strategy=self.base.strategy or "ddp", batch_size=self.base.batch_size * (ranks if weak else 1), **values)
@@ -297,7 +298,7 @@ class Scaling(Panel):
             gain, world = ours.images_per_s / baseline.images_per_s, len(self.events and {e.rank for e in self.events})
             share = 100 * (ours.communication_s or 0) / ours.step_s
             return 1.0, (f"{self.label}: {ours.images_per_s:,.0f} images/s, <b>{gain:.2f} times</b> one rank without DDP ({baseline.images_per_s:,.0f}); "
-                         f"{share:.0f}% of a step waiting for other ranks" + crowd(world, self.base.threads))
+                         f"{share:.0f}% of a step waiting for other ranks" + crowd(world, self.base.threads) + simulated(self.shown))
         self.events.append(event)
         said = told(event, next((e for e in self.events if isinstance(e, Started)), None))
         half = 0.0 if "with DDP" in self.label else 0.5
@@ -316,10 +317,11 @@ class Scaling(Panel):
         points, law = self.points.get(self.setting, {}), gustafson if kind == "weak" else amdahl
         workers = sorted(points)
         measured = [speedup(*points[n]) for n in workers]
-        serial = fit_serial(workers, [gain.value for gain in measured], law) if any(n > 1 for n in workers) else None
+        fair = [(n, gain.value) for n, gain in zip(workers, measured) if n * (self.base.threads or 1) <= machine.cores()]     # the law knows no crowds
+        serial = fit_serial(*zip(*fair), law) if any(n > 1 for n, _ in fair) else None
         plot.scaling(ax, workers, measured, serial, self.prediction(), law)
         ax.set(xlabel="ranks", ylabel="times one rank without DDP")
-        ax.set_title(f"{kind} scaling: " + ("a batch for each rank" if kind == "weak" else "one batch, shared out"), fontsize=10)
+        ax.set_title(f"{kind} scaling: " + ("a batch for each rank" if kind == "weak" else "one batch, shared out") + simulated(self.shown), fontsize=10)
         if not workers:
             ax.set_xticks(self.controls["replicas"].options)
             ax.set_xlim(0.5, max(self.controls["replicas"].options) + 0.5)
@@ -387,8 +389,9 @@ class Prediction(widgets.VBox):
 
 def slider(name, values, value):
     """A slider over these values, whose moves count when it is let go."""
-    return widgets.SelectionSlider(options=[("any" if each is None else str(each), each) for each in values] if None in values else values,
-                                   value=value if value in values else values[0], description=name, continuous_update=False,
+    value = value if value in values else values[0]
+    options = [NO_LIMIT if each is None else each for each in values]           # None would mean to the widget that nothing is chosen
+    return widgets.SelectionSlider(options=options, value=NO_LIMIT if value is None else value, description=name, continuous_update=False,
                                    style={"description_width": "initial"}, layout={"width": "320px"})
 
 
@@ -396,11 +399,16 @@ def told(event, started):
     """(share done, a line of text) of an event of a run, or None where there is nothing to say."""
     if isinstance(event, Progress):
         text = f"step {event.step} of {started.steps}, epoch {event.epoch}: loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s"
-        return event.step / started.steps, text + crowd(started.world, started.threads)
+        return event.step / started.steps, text + crowd(started.world, started.threads) + simulated(started.recipe)
     if isinstance(event, Finished):
         held_out = "" if event.accuracy is None else f", held-out accuracy {100 * event.accuracy:.1f}%"
         return 1.0, f"{event.images:,} images in {event.seconds:.1f} s: {event.images_per_s:,.0f} images/s{held_out}"
     return None
+
+
+def simulated(recipe):
+    """What must stand beside every figure that a network made slow on purpose has a part in."""
+    return ", SIMULATED network" if recipe.latency_ms or recipe.bandwidth_mbit else ""
 
 
 def crowd(ranks, threads):

@@ -12,7 +12,7 @@ from .scaling import amdahl
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")    # Okabe and Ito: told apart by everyone
 LOST, RECORDED, PREDICTED = "#BBBBBB", "#888888", "#000000"
 BY = {"images": "training images seen", "seconds": "seconds of training"}
-PHASES = {"waiting": "#E69F00", "forward": "#56B4E9", "backward": "#0072B2", "update": "#009E73", "communication": "#D55E00"}
+PHASES = {"waiting": "#E69F00", "forward": "#56B4E9", "backward": "#0072B2", "update": "#009E73", "communication": "#D55E00", "exposed": "#D55E00"}
 CLEAR = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}       # behind text that may lie on a line
 
 
@@ -58,7 +58,10 @@ def throughput(ax, runs):
 
 
 def timeline(ax, runs):
-    """The last steps of the newest run, a row a rank: what it did when, and below the bar, what came from other ranks meanwhile."""
+    """The last steps of the newest run, a row a rank: what it did when; in a lane below, when exchanges with other ranks were on.
+
+    Communication in the bar itself is "exposed": the rank had nothing else left to do.
+    """
     events = list(runs.values())[-1] if runs else []
     last = {}
     for event in events:
@@ -73,7 +76,7 @@ def timeline(ax, runs):
                  if name == phase and end > since and begin < until]
         x = [1000 * (time - since) for _, begin, end in spans for time in (begin, end, np.nan)]
         y = [row for row, _, _ in spans for _ in range(3)]
-        _curve(ax, phase, x, y, color=colour, linewidth=(30 if shared else 90) / max(world, 3), solid_capstyle="butt", label=phase)
+        _curve(ax, phase, x, y, color=colour, linewidth=(30 if shared else 90) / max(world, 3), solid_capstyle="butt", label="" if phase == "exposed" else phase)
     width, shown = 1000 * max(until - since, 0.001), ax.get_xlim()[1] if ax.get_legend() else 0
     if not width <= shown <= 3 * width:        # limits stay while they fit: a live picture is then drawn faster
         ax.set_xlim(0, _round_up(1.1 * width))
@@ -82,7 +85,7 @@ def timeline(ax, runs):
         ax.set_yticks(range(world), [f"rank {rank}" for rank in range(world)])
         ax.set_xlabel("milliseconds: the last steps")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8, ncols=len(PHASES), loc="upper left", columnspacing=0.8, handlelength=0.8,
+        ax.legend(frameon=False, fontsize=8, ncols=5, loc="upper left", columnspacing=0.8, handlelength=0.8,
                   handletextpad=0.4, borderaxespad=0)
         for line in ax.get_legend().get_lines():
             line.set_linewidth(6)
@@ -123,8 +126,7 @@ def speedups(ax, measurements, prediction=None, caveat=None):
         ax.plot([x, x], [last - 0.4, last + 0.4], color=PREDICTED, linestyle=":", linewidth=2)
         ax.annotate("your prediction", (x, last - 0.4), (0, 2), textcoords="offset points", ha="center", fontsize=9)
     ax.invert_yaxis()
-    ax.margins(x=0.25)
-    ax.set_xlim(left=0)
+    ax.set_xlim(0, 1.7 * max([*medians, *(q3 for _, _, q3 in quartiles)]))       # room for what is said beside the bars
     ax.set_xlabel("images/s: median, quartiles")
     if caveat:
         ax.set_title("not the same work: " + ", ".join(f"{name} {values}" for name, values in caveat.items()), color=COLOURS[1], fontsize=9)

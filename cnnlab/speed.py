@@ -130,12 +130,23 @@ class Clock:
             yield batch
 
     def mark(self, phase):
-        """All that was done since the last mark was `phase`: waiting, forward, backward, or update, which ends the step."""
+        """All that was done since the last mark was `phase`: waiting, forward, backward, or update, which ends the step.
+
+        Exchanges overlap with it until the last one begins; from then on it was all "exposed" communication.
+        """
         before, self.marked = self.marked, time.perf_counter()
+        here = [(begin, end) for begin, end in self.exchanges if begin >= before]
+        if here:
+            begin, end = max(begin for begin, _ in here), min(self.marked, max(end for _, end in here))
+            self._span(phase, before, begin)
+            self._span("exposed", begin, end)
+            self.exposed += end - begin
+            before = end
+        self._span(phase, before, self.marked)
+
+    def _span(self, phase, begin, end):
         if self.device.type == "cpu":
-            self.spans.append([phase, self.wall + before, self.wall + self.marked])
-        if phase == "update" and self.exchanges:      # they overlap with backward until the last one begins: from then on, all wait
-            self.exposed += max(end for _, end in self.exchanges) - max(begin for begin, _ in self.exchanges)
+            self.spans.append([phase, self.wall + begin, self.wall + end])
 
     def communicated(self, began):
         """Something that began then (`time.perf_counter`) has now come from the other ranks. Any thread may call."""

@@ -210,7 +210,7 @@ def test_the_run_drawn_here_is_real(short_run):
 
 def spans(start):
     """A step of a rank that begins then: 10 ms of waiting, 20 forward, 30 backward with communication beside its end, 5 update."""
-    edges = [("waiting", 0, 10), ("forward", 10, 30), ("backward", 30, 60), ("communication", 45, 58), ("update", 60, 65)]
+    edges = [("waiting", 0, 10), ("forward", 10, 30), ("backward", 30, 60), ("communication", 45, 58), ("exposed", 58, 60), ("update", 60, 65)]
     return [[phase, start + begin / 1000, start + end / 1000] for phase, begin, end in edges]
 
 
