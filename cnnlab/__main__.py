@@ -25,7 +25,10 @@ def main(words=None):
         return 2
     except RuntimeError as error:
         from .launch import RankError
-        if not isinstance(error, RankError):
+        from .rank import ECHOES
+        if "TORCHELASTIC_RUN_ID" in os.environ and any(word in str(error) for word in ECHOES):
+            error = f"rank {os.environ['RANK']} has lost another rank: {str(error).strip().splitlines()[0]}"
+        elif not isinstance(error, RankError):
             raise
         print(f"cnnlab: {error}", file=sys.stderr)
         return 1
@@ -162,7 +165,7 @@ def _show(events):
     from .events import Checkpointed, Evaluated, Failed, Finished, Progress, Restarted, Started
 
     first = list(islice(events, 1))         # before the bar: a refusal then stands alone
-    with tqdm(unit="step", file=sys.stderr, leave=False) as bar:
+    with tqdm(unit="step", file=sys.stderr, leave=False, disable=None) as bar:      # None: off where nobody looks
         for event in chain(first, events):
             if isinstance(event, Failed):
                 bar.write(f"rank {event.rank} failed: {event.error}", file=sys.stdout)

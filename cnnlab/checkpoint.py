@@ -1,5 +1,6 @@
 """Checkpoints: all that a run needs to go on where it was, written by all ranks together, whole or not at all."""
 
+import json
 import os
 import shutil
 import time
@@ -11,17 +12,21 @@ import torch
 import torch.distributed as dist
 
 from .events import Checkpointed
-from .recipe import Refused
+from .recipe import Recipe, Refused, changes
 
 KEEP = 2         # the newest ones
+SAME = ("model", "width", "data", "images", "image_size", "classes", "batch_size", "augment", "optimizer", "learning_rate", "schedule",
+        "seed")  # fields of the recipe that a run cannot change half-way
+RECIPE = "recipe.json"
 
 
-def save(folder, step, *state):
+def save(folder, step, recipe, *state):
     """Write `folder/step-N` with torch.distributed.checkpoint and return the event. Other numbers of ranks can load it.
 
     It takes its name only when all ranks have written their part: one that was interrupted is never loaded.
     """
     import torch.distributed.checkpoint as dcp        # here, for it takes half a second, which runs without checkpoints need not
+    from torch.distributed.checkpoint.api import CheckpointException
 
     began, rank = time.perf_counter(), _rank()
     path = Path(folder).resolve() / f"step-{step:08}"
@@ -33,10 +38,11 @@ def save(folder, step, *state):
     with _quiet():
         try:
             dcp.save({**_values(*state), "step": step, f"random-{rank}": torch.get_rng_state()}, checkpoint_id=part, planner=planner)
-        except OSError as error:
-            raise _unwritable(folder, error) from None
+        except CheckpointException as error:          # the same in all ranks, and no Exception
+            raise _unwritable(folder, next(iter(error.failures.values()))[0]) from None
     _meet()
     if rank == 0:
+        (part / RECIPE).write_text(json.dumps(recipe.to_dict()), encoding="utf-8")
         shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
         for old in _kept(folder)[:-KEEP]:
@@ -44,28 +50,30 @@ def save(folder, step, *state):
     return Checkpointed(rank=rank, step=step, path=str(path), took_s=time.perf_counter() - began)
 
 
-def resume(folder, model, optimizer, schedule, scaler):
+def resume(folder, recipe, model, optimizer, schedule, scaler):
     """Load the newest checkpoint of `folder` into these; returns its step, 0 where there is none."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
     kept = _kept(folder)
     if not kept:
         return 0
-    values = {**_values(model, optimizer, schedule, scaler), "step": 0, f"random-{_rank()}": torch.get_rng_state()}
-    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)             # a rank that was not there before has no random state
+    _check_recipe(kept[-1], recipe)
+    values, random = {**_values(model, optimizer, schedule, scaler), "step": 0}, f"random-{_rank()}"
     try:
+        if random in dcp.FileSystemReader(kept[-1]).read_metadata().state_dict_metadata:      # else this rank was not there before
+            values[random] = torch.get_rng_state()
         with _quiet():
-            dcp.load(values, checkpoint_id=kept[-1], planner=planner)
+            dcp.load(values, checkpoint_id=kept[-1])
         model.load_state_dict(values["model"])
         set_optimizer_state_dict(model, optimizer, values["optimizer"])
         schedule.load_state_dict(values["schedule"])
         scaler.load_state_dict(values["scaler"])
-    except Exception as error:       # DCP wraps what went wrong in its own kinds
+    except (Exception, CheckpointException) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise Refused(f"the checkpoint {kept[-1]} cannot be loaded: it is damaged, or of another recipe ({reason[-1]}). Delete it, and the "
-                      f"run goes on from the one before.") from None
-    torch.set_rng_state(values[f"random-{_rank()}"])
+        raise _damaged(kept[-1], reason[-1]) from None
+    torch.set_rng_state(values.get(random, torch.get_rng_state()))
     return values["step"]
 
 
@@ -79,6 +87,16 @@ def check(folder, recipe):
         raise _unwritable(folder, error) from None
     if not os.access(folder, os.W_OK):
         raise _unwritable(folder, PermissionError(13, "Permission denied"))
+
+
+def _check_recipe(path, recipe):
+    try:
+        before = Recipe.from_dict(json.loads((path / RECIPE).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    differing = [f"{name}={then}, now {now}" for name, (then, now) in changes(before, recipe).items() if name in SAME]
+    if differing:
+        raise Refused(f"the checkpoint {path} is of another recipe ({'; '.join(differing)}). Take that recipe, or name another folder.")
 
 
 def _values(model, optimizer, schedule, scaler):
@@ -109,5 +127,10 @@ def _quiet():
         yield
 
 
+def _damaged(path, reason):
+    return Refused(f"the checkpoint {path} cannot be loaded: it is damaged, or of another version ({reason}). Delete it, and the run goes on "
+                   f"from the one before.")
+
+
 def _unwritable(folder, error):
-    return Refused(f"cannot write checkpoints to {folder}: {error.strerror or error}. Name a folder that you may write to and that has room.")
+    return Refused(f"cannot write checkpoints to {folder}: {getattr(error, 'strerror', None) or error}. Name a folder that you may write to and that has room.")

@@ -67,7 +67,7 @@ class Finished:
     compute_s: float                 # of `step_s`, the rest: moving, forward, backward, update
     peak_memory_mib: float           # device memory on a GPU, else resident memory, libraries included
     accuracy: float | None           # held out; None when the recipe does not evaluate
-    staleness: float | None          # async: others' updates between reading the parameters and changing them, mean
+    staleness: float | None          # async: others' updates between reading the parameters and changing them, mean; in lockstep (N - 1) / 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Runs in processes of their own: `run(recipe)` and `ranks(function, n)` start them, stream what they say, and always clean up."""
 
+import atexit
 import linecache
 import logging
 import multiprocessing.spawn
@@ -21,12 +22,12 @@ import psutil
 
 from . import checkpoint, data, machine
 from .events import Failed, Restarted
+from .rank import ECHOES, TIMEOUT
 from .rank import backend as rank_backend
 from .rank import main as rank_main
 from .recipe import Refused
 from .train import train
 
-TIMEOUT = 60             # seconds: a collective that takes longer has lost a rank
 STOPPED_AFTER = 1.0      # seconds between two looks whether a rank has been halted (SIGSTOP)
 AGENT = "cnnlab-agent"
 ENVIRONMENT = {                      # for the ranks, read when their libraries load; what the user has set stays
@@ -125,7 +126,7 @@ def prewarm():
         forkserver.ensure_running()
     finally:
         for name in ours:
-            del os.environ[name]
+            os.environ.pop(name, None)          # another thread may have been here too
 
 
 def start_method():
@@ -142,6 +143,7 @@ class _Ranks:
     def __init__(self, function, args, world, backend, env, say):
         prewarm()
         self.world, self.say, self.inbox = world, say, queue.Queue()
+        self.closing = threading.Lock()
         self.over = threading.Event()           # ranks that are done wait for it: see rank.main
         self.stopped = threading.Event()        # ranks that come later get no job
         self.pids = {}                          # filled by the readers: a rank can come while nobody asks for events
@@ -159,24 +161,40 @@ class _Ranks:
         self.agent = threading.Thread(target=self._supervise, name=AGENT, daemon=True)
 
     def __enter__(self):
-        for thread in (*self.readers, self.agent):
-            thread.start()
+        atexit.register(self._close)            # a program that ends with a run begun: later on, its threads stand still
+        try:
+            for thread in (*self.readers, self.agent):
+                thread.start()
+        except BaseException:                   # an interrupt, and nobody else would clean up
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
-        if self.silent:
-            self.stopped.set()
+        if not self.over.is_set():
+            closing = threading.Thread(target=self._close)      # a thread, where a second, impatient interrupt does not come
+            closing.start()
+            closing.join()
+
+    def _close(self):
+        with self.closing:                      # who comes second waits until all is done
+            if self.over.is_set():
+                return
+            if self.silent:
+                self.stopped.set()
+                _kill(self.pids)
+            self.over.set()
+            for _ in self.readers:              # wake the readers that no rank has come to
+                try:
+                    Client(self.listener.address).close()
+                except OSError:
+                    break
+            self.listener.close()               # a rank that is only starting now finds no one, and ends
+            if self.agent.ident:                # else it was never started
+                self.agent.join(10)
             _kill(self.pids)
-        self.over.set()
-        for _ in self.readers:                  # wake the readers that no rank has come to
-            try:
-                Client(self.listener.address).close()
-            except OSError:
-                break
-        self.listener.close()                   # a rank that is only starting now finds no one, and ends
-        self.agent.join(10)
-        _kill(self.pids)
-        shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        atexit.unregister(self._close)
 
     def events(self, stop=None, timeout=None):
         """Yield what the ranks yield until all are done, one fails, or `stop` is set."""
@@ -235,8 +253,7 @@ class _Ranks:
                 self.silent.discard(rank)
         kinds = ("error", "halted", "gone", "late", "agent")
         found = [item for item in found if item[1] in kinds]
-        echoes = ("gloo", "NCCL", "Connection closed", "Connection reset")
-        is_echo = lambda item: item[1] == "error" and any(word in item[2][1] for word in echoes)
+        is_echo = lambda item: item[1] == "error" and any(word in item[2][1] for word in ECHOES)
         rank, kind, content = min(found, key=lambda item: kinds.index(item[1]) + len(kinds) * is_echo(item))
         if is_echo((rank, kind, content)) and self.silent and "imed out" in content[1]:
             return self._hanging(f"it did not come to a collective operation in {TIMEOUT} s")
@@ -256,7 +273,8 @@ class _Ranks:
                 os.kill(self.pids[rank], signal.SIGUSR1)
         time.sleep(0.3)
         stacks = {rank: path.read_text() for rank in sorted(self.silent) if (path := self.folder / f"stack-{rank}").exists()}
-        guilty = next((rank for rank, stack in stacks.items() if "distributed_c10d" not in stack), min(self.silent))
+        waits = lambda stack: "distributed_c10d" in stack or " in _wait_for" in stack
+        guilty = next((rank for rank, stack in stacks.items() if not waits(stack)), min(self.silent))
         here = [line for stack in [stacks.get(guilty, "")] for line in stack.split('rank.py", line')[0].splitlines()[:-1]]
         return guilty, error, f"rank {guilty} is here:\n" + "\n".join(here) + "\n"
 
@@ -336,9 +354,9 @@ def _spare_main():
 
 
 def _short_folder():
-    """A private folder whose socket's path stays below the 104 bytes that systems allow, wherever TMPDIR points."""
+    """A private folder whose socket's path stays, with what multiprocessing adds, below the 104 bytes that systems allow, wherever TMPDIR points."""
     folder = tempfile.mkdtemp(prefix="cnnlab-")
-    if len(folder) < 90 or os.name == "nt":
+    if len(folder) < 80 or os.name == "nt":
         return folder
     os.rmdir(folder)
     return tempfile.mkdtemp(prefix="cnnlab-", dir="/tmp")

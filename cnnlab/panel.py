@@ -240,7 +240,13 @@ class Training(Panel):
             for ax in axes:
                 ax.clear()
         for draw, ax in zip(self.one_each, axes):
-            draw(ax, self.runs)
+            draw(ax, self._shown())
+
+    def _shown(self):
+        """The runs, named by what differs among them."""
+        words = {label: label.split(", ") for label in self.runs}
+        common = set.intersection(*map(set, words.values())) if len(words) > 1 else set()
+        return {", ".join(word for word in words[label] if word not in common): events for label, events in self.runs.items()}
 
     def _take(self, event):
         self.events.append(event)

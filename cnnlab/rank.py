@@ -24,6 +24,8 @@ from . import data, machine, speed
 from .recipe import Refused
 from .train import train
 
+TIMEOUT = 60         # seconds: a collective that takes longer has lost a rank
+ECHOES = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "C10d store")      # what peers of a lost rank say
 kept = []            # the process group: destroyed while a model of it lives, it would take the process down or hang it
 
 
@@ -36,12 +38,18 @@ def main(address):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if sys.platform == "linux":                           # as where no fork server is: loader workers are there at once, and leave no semaphores
         multiprocessing.set_start_method("fork", force=True)
-    with Client(address) as connection:
+    try:
+        connection = Client(address)
+    except OSError:                                       # the run was stopped before we came
+        os._exit(1)
+    with connection:
         say = _Line(connection)
-        os.register_at_fork(after_in_child=lambda: _forked(connection))
-        connection.send((rank, os.getpid()))
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: _forked(connection))
+        say(rank, os.getpid())
         try:
             job = pickle.loads(connection.recv_bytes())
+            multiprocessing.current_process()._config["tempdir"] = job["folder"]      # of what Python and we put into files, to go with it
             os.environ.update(job["env"])
             linecache.cache.update(job["cells"])          # so that a traceback shows the lines of notebook cells
             if hasattr(signal, "SIGUSR1"):                # asked for when we hang: see launch._hanging
@@ -74,19 +82,21 @@ def join(backend, **how):
     def init_process_group(*args, **options):
         if not dist.is_initialized():
             init(*args, **options)
+            kept.append(dist.group.WORLD)
 
     if "store" in how:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")     # this machine only: loopback
-    init(backend, **how)
+    init_process_group(backend, **how)
     dist.init_process_group = dist.distributed_c10d.init_process_group = init_process_group
-    kept.append(dist.group.WORLD)
 
 
 def train_here(recipe, checkpoints=None):
     """Under torchrun, which has started `recipe.replicas` ranks: the events of this one, and at the end, in rank 0, those of all."""
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if recipe.strategy == "async" and os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        raise Refused("strategy='async' is for one machine: its ranks share memory. Take 'ddp' or 'local-sgd' for several.")
     _settle(local, int(os.environ["LOCAL_WORLD_SIZE"]))
-    join(backend(recipe, int(os.environ["LOCAL_WORLD_SIZE"])))
+    join(backend(recipe, int(os.environ["LOCAL_WORLD_SIZE"])), timeout=timedelta(seconds=TIMEOUT))
     for turn in (True, False):                  # one rank of each machine downloads, then the others find the files
         if turn == (local == 0):
             data.fetch_all(recipe.data)

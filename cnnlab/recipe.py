@@ -63,7 +63,7 @@ class Recipe:
     bucket_mb: float | None = None    # ddp: gradients travel in buckets of so many MiB; None: torch's own, 1 and then 25
     accumulate: int = 1               # ddp: parts that a batch is computed in, one exchange of gradients for all
     sync_every: int = 8               # local-sgd: steps between two averagings of the parameters
-    staleness: int | None = None      # async: how many steps a rank may be ahead of the slowest; None: any number
+    staleness: int | None = None      # async: steps that a rank may be ahead of the slowest, counted anew each epoch; None: any number
     latency_ms: float = 0.0           # simulated network: what each message takes at least ...
     bandwidth_mbit: float | None = None   # ... and how much a link carries, in Mbit/s; None: as fast as it is
     straggler_ms: float = 0.0         # the last rank sleeps so long in each step, on purpose

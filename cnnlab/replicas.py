@@ -5,6 +5,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager, nullcontext
+from multiprocessing.util import get_temp_dir
 
 import torch
 import torch.distributed as dist
@@ -100,7 +101,9 @@ class SharedParameters:
         self.rank, self.world, self.bound = dist.get_rank(), dist.get_world_size(), FAR if staleness is None else staleness
         self.link = link
         self.copy = _flat(model)
-        path = [tempfile.mkstemp(prefix="cnnlab-")[1] if self.rank == 0 else None]
+        backend = dist.group.WORLD._get_backend(torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
+        self.timeout = backend.options._timeout.total_seconds()
+        path = [tempfile.mkstemp(prefix="cnnlab-", dir=get_temp_dir())[1] if self.rank == 0 else None]     # removed even if we are killed here
         dist.broadcast_object_list(path)
         numbers = 8 * (3 + 2 * self.world)
         self.file = open(path[0], "r+b")
@@ -162,7 +165,10 @@ class SharedParameters:
         return int(self.updates)
 
     def _wait_for(self, counts):
+        end = time.monotonic() + self.timeout
         while int(self.steps[self.rank]) - int(counts.min()) > self.bound:
+            if time.monotonic() > end:
+                raise TimeoutError(f"Timed out after {self.timeout:g} s, as gloo would, waiting for the slowest rank.")
             time.sleep(0.0002)
 
     @contextmanager
@@ -206,7 +212,7 @@ class Network:
         with self.lock:                           # messages queue up: those before this one go first
             self.free = max(self.free, time.perf_counter()) + seconds
             wait = self.free - time.perf_counter()
-        time.sleep(wait)
+        time.sleep(max(0.0, wait))
 
 
 def network(recipe):

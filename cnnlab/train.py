@@ -37,7 +37,7 @@ def train(recipe, rank=0, world=1, checkpoints=None):
     shared = replicas.attach(optimizer, network, recipe, world, clock)
     layout = torch.channels_last if recipe.memory_format == "channels_last" else torch.contiguous_format
     speed.set_seed(recipe.seed, rank)
-    state = network, optimizer, schedule, scaler
+    state = recipe, network, optimizer, schedule, scaler
     first = step = checkpoint.resume(checkpoints, *state) if checkpoints else 0
     if first >= steps:
         raise Refused(f"the newest checkpoint in {checkpoints} has done {first} steps, and steps={steps} asks for no more: raise epochs or "
@@ -50,7 +50,7 @@ def train(recipe, rank=0, world=1, checkpoints=None):
     share = recipe.batch_size // world                                 # images of a rank's part of a batch
     parts = lambda: shared.total() if shared else step * world         # of batches, done by all ranks together
     accuracy, losses, correct = None, [], 0
-    reported = warm = (step, parts(), 0.0, 0.0, 0.0)
+    reported = warm = start = (step, parts(), 0.0, 0.0, 0.0)
 
     def progress():
         """Pause the clock, and say what happened since the last time."""
@@ -97,14 +97,21 @@ def train(recipe, rank=0, world=1, checkpoints=None):
                 if keep:
                     yield checkpoint.save(checkpoints, step, *state)
                 clock.resume()
+        if shared:
+            dist.barrier()                       # where loader workers ask ahead for parts, others are still at theirs
         if losses:
             yield progress()
+        elif shared:                             # the others have gone on
+            clock.pause()
+            reported = step, parts(), clock.seconds, clock.waiting, clock.exposed
         if recipe.evaluate and epoch * len(loader) > first:
             accuracy, mean_loss = evaluate(network, recipe, images_of.test, device, rank, world, shared)
             yield Evaluated(rank=rank, epoch=epoch, step=parts() // world, seconds=clock.seconds, accuracy=accuracy, loss=mean_loss,
                             images=len(images_of.test))
         clock.resume()
 
+    if reported[1] == warm[1]:               # nothing was left to do: a run that goes on from near its end, or a slow rank under async
+        warm = start
     timed, trained, seconds, waiting, exposed = (now - then for now, then in zip(reported, warm))
     timed = max(1, timed)                    # under async, the others may have left this rank nothing to do
     exchanged = exposed / timed if device.type == "cpu" else None
