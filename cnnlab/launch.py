@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import traceback
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
@@ -256,27 +256,29 @@ class _Ranks:
         is_echo = lambda item: item[1] == "error" and any(word in item[2][1] for word in ECHOES)
         rank, kind, content = min(found, key=lambda item: kinds.index(item[1]) + len(kinds) * is_echo(item))
         if is_echo((rank, kind, content)) and self.silent and "imed out" in content[1]:
-            return self._hanging(f"it did not come to a collective operation in {TIMEOUT} s")
+            return self._hanging(min(self.silent), f"it did not come to a collective operation in {TIMEOUT} s")
         if kind == "error":
             return rank, *content
         if kind == "late":
-            return self._hanging(f"it was not done in {content:g} s")
+            return self._hanging(rank, f"it was not done in {content:g} s")
         return rank, *{"halted": ("the process was halted (SIGSTOP)", f"rank {rank} does not run: somebody has halted process {content}.\n"),
                        "gone": ("the process was killed", f"rank {rank} ended without a word: it was killed, or ran out of memory, or "
                                                           "crashed in native code.\n"),
                        "agent": ("the process did not start", content)}[kind]
 
-    def _hanging(self, error):
+    def _hanging(self, otherwise, error):
         """(rank, error, where it is) of a rank that has not ended: of one that does not itself wait for others, if there is one."""
         for rank in self.silent:
             if (self.folder / f"stack-{rank}").exists():
-                os.kill(self.pids[rank], signal.SIGUSR1)
+                with suppress(OSError):         # gone in this moment
+                    os.kill(self.pids[rank], signal.SIGUSR1)
         time.sleep(0.3)
         stacks = {rank: path.read_text() for rank in sorted(self.silent) if (path := self.folder / f"stack-{rank}").exists()}
         waits = lambda stack: "distributed_c10d" in stack or " in _wait_for" in stack
-        guilty = next((rank for rank, stack in stacks.items() if not waits(stack)), min(self.silent))
+        guilty = next((rank for rank, stack in stacks.items() if not waits(stack)), otherwise)
         here = [line for stack in [stacks.get(guilty, "")] for line in stack.split('rank.py", line')[0].splitlines()[:-1]]
-        return guilty, error, f"rank {guilty} is here:\n" + "\n".join(here) + "\n"
+        where = "\n".join([f"rank {guilty} is here:", *here]) if here else f"rank {guilty} was only starting, or ending."
+        return guilty, error, where + "\n"
 
     def _read(self):
         """One rank's pid, and its messages, to its last word, into the inbox."""

@@ -20,8 +20,8 @@ def prepare(model, recipe, device, world=1, clock=None):
     model = model.to(device)
     if recipe.memory_format == "channels_last":
         model = channels_last(model)
-    if recipe.precision == "tf32":
-        tf32()
+    if device.type == "cuda":
+        tf32(recipe.precision == "tf32")
     if world > 1 and (link := replicas.network(recipe)):
         replicas.slow_down(link)
     if recipe.strategy == "ddp" or recipe.strategy is None and world > 1:
@@ -74,10 +74,10 @@ def grad_scaler(recipe):
     return torch.amp.GradScaler(recipe.device, enabled=recipe.precision == "fp16")
 
 
-def tf32():
-    """fp32 matrix products and convolutions on the GPU's TF32 units: 10 bits of mantissa instead of 23."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+def tf32(on):
+    """fp32 matrix products and convolutions on the GPU's TF32 units: 10 bits of mantissa instead of 23. (Torch's default: half on.)"""
+    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on
 
 
 def compiled(model):

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -125,6 +127,85 @@ def _until(condition, seconds, message):
     while not condition():
         assert time.monotonic() < end, message
         time.sleep(0.1)
+
+
+def until(condition, complaint, seconds=5):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, complaint
+        time.sleep(0.02)
+
+
+def ranks_alive():
+    """Processes below this one that are neither the fork server nor multiprocessing's resource tracker."""
+    import psutil
+
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.parent().pid != os.getpid() or not any("forkserver" in word or "resource_tracker" in word for word in process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return alive(found)
+
+
+def alive(processes):
+    """Those that still run: a zombie only waits to be counted."""
+    import psutil
+
+    found = []
+    for process in processes:
+        try:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+def interrupted_train(rank, world, recipe, checkpoints, step, victim, what):
+    """`launch.train_rank`, but in step `step` of each attempt rank `victim` does `what()`."""
+    from cnnlab import train
+
+    build, forwards = train.build, []
+
+    def interrupted(*args):
+        network = build(*args)
+        network.register_forward_pre_hook(lambda module, _: forwards.append(1) if module.training else None)
+        network.register_forward_pre_hook(lambda *_: what() if len(forwards) == step and rank == victim else None)
+        return network
+
+    train.build = interrupted
+    yield from train.train(recipe, rank, world, checkpoints)
+
+
+def loop_for_ever():
+    while True:
+        pass
+
+
+def kill_myself(marks, times=1):
+    """SIGKILL, but only so many times; the file `marks` counts them."""
+    with open(marks, "a+") as file:
+        file.seek(0)
+        if len(file.read()) < times:
+            file.write("x")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def nothing_is_left(monkeypatch, tmp_path_factory):
+    """After the test: no rank, and no folder in a temporary folder of its own (a short one: a socket's path has at most 104 characters)."""
+    from cnnlab import launch
+
+    launch.prewarm(), tmp_path_factory.getbasetemp()        # whose folders stay
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+        until(lambda: not ranks_alive(), "processes are left")
+        until(lambda: not [name for name in os.listdir(folder) if name.startswith("cnnlab-")], "folders are left")
 
 
 @pytest.fixture(scope="session")

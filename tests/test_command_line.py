@@ -171,7 +171,7 @@ def test_a_truncated_record_is_replayed_with_a_word_about_it(tmp_path, capsys):
 
 
 def test_a_failed_run_ends_with_1_and_names_the_rank(monkeypatch, capsys):
-    def run(recipe):
+    def run(recipe, checkpoints, max_restarts):
         from cnnlab.launch import stream
 
         def function(rank, world):

@@ -18,8 +18,8 @@ def measurement(name="a", rates=(100.0, 110.0, 90.0), **more):
 
 
 def finished(rate=100.0, rank=0, warmup_s=1.0, accuracy=None, memory=300.0):
-    return Finished(rank=rank, steps=4, images=256, seconds=2.0, warmup_s=warmup_s, images_per_s=rate, step_s=0.25, waiting_s=0.05, compute_s=0.2,
-                    peak_memory_mib=memory, accuracy=accuracy)
+    return Finished(rank=rank, steps=4, images=256, seconds=2.0, warmup_s=warmup_s, images_per_s=rate, step_s=0.25, waiting_s=0.05,
+                    communication_s=0.0, compute_s=0.2, peak_memory_mib=memory, accuracy=accuracy, staleness=None)
 
 
 def test_equal_ratios_give_the_exact_speedup():

@@ -74,8 +74,8 @@ def speeds(monkeypatch):
         for (field, value), factor in factors.items():
             if getattr(recipe, field) == value:
                 rate *= factor
-        yield Finished(rank=0, steps=3, images=192, seconds=1.0, warmup_s=3.0, images_per_s=rate, step_s=0.3, waiting_s=0.1, compute_s=0.2,
-                       peak_memory_mib=300.0, accuracy=0.5 if recipe.evaluate else None)
+        yield Finished(rank=0, steps=3, images=192, seconds=1.0, warmup_s=3.0, images_per_s=rate, step_s=0.3, waiting_s=0.1,
+                       communication_s=0.0, compute_s=0.2, peak_memory_mib=300.0, accuracy=0.5 if recipe.evaluate else None, staleness=None)
 
     monkeypatch.setattr("cnnlab.launch.run", run)
     run.factors, run.asked = factors, asked

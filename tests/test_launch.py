@@ -1,7 +1,8 @@
 """Real runs in real processes: their events, their failures, and that nothing is left behind."""
 
 import os
-import queue
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,58 +10,30 @@ import tempfile
 import textwrap
 import threading
 import time
+from contextlib import closing, suppress
+from functools import partial
 from itertools import islice
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
 from cnnlab import launch, plot
 from cnnlab.events import Evaluated, Failed, Finished, Progress, Started
+from cnnlab.launch import RankError, ranks
 from cnnlab.recipe import Recipe, Refused
+from cnnlab.replicas import SharedParameters
+from conftest import alive, interrupted_train, loop_for_ever, ranks_alive, until
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 SHORT = Recipe(steps=4, threads=1, evaluate=False)
 ENDLESS = Recipe(data="synthetic", images=512, epochs=1_000_000, threads=1, evaluate=False)
-
-
-def ranks_alive(root=None):
-    """Processes below this one (or below `root`) that are neither the fork server nor multiprocessing's resource tracker."""
-    found = []
-    for process in (root or psutil.Process()).children(recursive=True):
-        try:
-            if process.parent().pid != os.getpid() or not any("forkserver" in word or "resource_tracker" in word for word in process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            pass
-    return alive(found)
-
-
-def alive(processes):
-    found = []
-    for process in processes:
-        try:
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.NoSuchProcess:
-            pass
-    return found
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(monkeypatch, tmp_path_factory):
-    """After each test: no rank, and no folder in a temporary folder of its own (a short one: a socket's path has at most 104 characters)."""
-    launch.prewarm(), tmp_path_factory.getbasetemp()        # whose folders stay
-    with tempfile.TemporaryDirectory(prefix="t") as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield
-        until(lambda: not ranks_alive(), "processes are left")
-        until(lambda: not [name for name in os.listdir(folder) if name.startswith("cnnlab-")], "folders are left")
-
-
-def until(condition, complaint, seconds=5):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, complaint
-        time.sleep(0.02)
+SLACK = 6            # seconds that a busy machine may take on top
 
 
 def mean_losses(recipe):
@@ -96,6 +69,12 @@ def killed(rank, world, victim):
     if rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
+
+
+def endless_together(rank, world):
+    while True:
+        dist.barrier()
+        yield rank, os.getpid()
 
 
 def endless(rank, world):
@@ -194,6 +173,88 @@ def test_bad_data_are_refused_here_and_name_no_rank():
         next(launch.run(Recipe(batch_size=2000)))
 
 
+# Calls: ranks(function, n)
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_values_come_in_the_order_of_the_ranks(n):
+    def late(unit):
+        time.sleep(unit * (n - dist.get_rank()))            # rank 0 is last
+        return dist.get_rank(), dist.get_world_size()
+
+    assert ranks(late, n, 0.05) == [(rank, n) for rank in range(n)]
+
+
+def test_any_value_comes_back():
+    class Star:
+        name = "Vega"
+
+    found = ranks(lambda: (None, torch.arange(3), {"a": [1.5, "b"]}, Star(), lambda: 7), 2)
+    for nothing, tensor, values, star, function in found:
+        assert nothing is None and tensor.tolist() == [0, 1, 2] and values == {"a": [1.5, "b"]}
+        assert isinstance(star, Star) and star.name == "Vega" and function() == 7
+    assert ranks(lambda: None, 2) == [None, None]
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, "2", None], ids=repr)
+def test_a_bad_number_of_ranks_is_refused(n):
+    with pytest.raises(Refused, match=f"n={n!r} is not allowed.*whole number of ranks, 1 or more"):
+        ranks(print, n)
+
+
+def test_what_cannot_be_called_is_refused():
+    with pytest.raises(Refused, match="function=3 cannot be called: pass the function itself"):
+        ranks(3, 2)
+
+
+def test_one_rank_that_raises_ends_the_call_at_once():
+    def function():
+        if dist.get_rank() == 1:
+            raise LookupError("no such star")
+        time.sleep(600)
+
+    ranks(int, 3)                                           # all is warm
+    began = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        ranks(function, 3)
+    assert time.monotonic() - began < 2 + SLACK
+    assert caught.value.rank == 1 and "LookupError: no such star" in str(caught.value)
+    assert 'raise LookupError("no such star")' in caught.value.traceback
+    until(lambda: not ranks_alive(), "a rank is left", seconds=2)
+
+
+def test_what_cannot_be_sent_back_is_an_error_of_its_rank():
+    with pytest.raises(RankError, match="rank 0 failed: TypeError: cannot pickle"):
+        ranks(threading.Lock, 1)
+
+
+def spinning():
+    if dist.get_rank() == 2:
+        while True:
+            pass
+    if dist.get_rank() == 1:
+        dist.barrier()
+    ahead = SimpleNamespace(rank=0, steps=[9], bound=0, timeout=600)
+    SharedParameters._wait_for(ahead, torch.zeros(3))
+
+
+def test_a_timeout_names_the_rank_that_hangs_not_those_that_wait_and_where():
+    ranks(int, 3)                                           # all is warm
+    with pytest.raises(RankError) as caught:
+        ranks(spinning, 3, timeout=2)
+    assert caught.value.rank == 2 and caught.value.error == "it was not done in 2 s"
+    assert f'test_launch.py", line {spinning.__code__.co_firstlineno + 2}' in caught.value.traceback
+    assert "in spinning" in caught.value.traceback and "cnnlab" not in caught.value.traceback.splitlines()[2]
+
+
+def test_a_timeout_that_comes_while_the_rank_starts_or_ends_is_no_riddle():
+    with pytest.raises(RankError, match="rank 0 failed: it was not done in 1e-06 s"):
+        ranks(int, 1, timeout=1e-6)
+
+
+def test_what_ends_in_time_is_not_touched_by_its_timeout():
+    assert ranks(lambda: 1, 2, timeout=60) == [1, 1]
+
+
 def test_what_a_rank_refuses_is_a_refusal():
     with pytest.raises(Refused, match="VGG16.*multiple of 32 pixels, not 20"):
         list(launch.run(Recipe(model="VGG16", data="synthetic", image_size=20, replicas=2)))
@@ -253,6 +314,45 @@ def test_a_rank_killed_from_outside_while_training_is_named():
                 if len(pids) == 2:
                     os.kill(pids[1], signal.SIGKILL)
     assert caught.value.rank == 1 and "killed" in caught.value.error
+
+
+def test_a_rank_killed_with_loader_workers_is_named():
+    """They live on for seconds, and know the way to the notebook too."""
+    killing = None
+    with pytest.raises(RankError) as caught:
+        for event in launch.run(ENDLESS.but(loader_workers=2)):
+            if isinstance(event, Started):
+                pid = event.pid
+            elif not killing:
+                killing = time.monotonic()
+                os.kill(pid, signal.SIGKILL)
+    assert caught.value.rank == 0 and caught.value.error == "the process was killed"
+    assert time.monotonic() - killing < 2 + SLACK
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this system cannot halt a process")
+@pytest.mark.parametrize("world, victim", [(1, 0), (2, 1)])
+def test_a_halted_rank_is_named(world, victim):
+    pids, halted = {}, None
+    with pytest.raises(RankError) as caught:
+        for event in launch.stream(endless_together, (), world):
+            if not isinstance(event, Failed):
+                pids[event[0]] = event[1]
+            if len(pids) == world and not halted:
+                halted = time.monotonic()
+                os.kill(pids[victim], signal.SIGSTOP)
+    assert caught.value.rank == victim and "halted (SIGSTOP)" in caught.value.error and str(pids[victim]) in caught.value.traceback
+    assert time.monotonic() - halted < 4 + SLACK
+
+
+@pytest.mark.parametrize("change", [{}, {"strategy": "ring"}, {"strategy": "async", "staleness": 1}, {"latency_ms": 0.1}], ids=str)
+def test_a_rank_that_never_comes_to_a_collective_is_named_with_its_stack(monkeypatch, change):
+    monkeypatch.setattr(launch, "TIMEOUT", 3)
+    stuck = partial(interrupted_train, step=4, victim=2, what=loop_for_ever)
+    with pytest.raises(RankError) as caught:
+        list(launch.stream(stuck, (Recipe(batch_size=60, steps=9, threads=1, replicas=3, **change), None), 3))
+    assert caught.value.rank == 2 and caught.value.error == "it did not come to a collective operation in 3 s"
+    assert "in loop_for_ever" in caught.value.traceback
 
 
 def test_a_rank_that_leaves_by_the_back_door_is_named():
@@ -320,18 +420,19 @@ def test_ranks_that_come_while_the_run_is_being_stopped_are_stopped_too():
     until(lambda: not ranks_alive(), "a rank slipped through", seconds=1)
 
 
-def test_a_rank_that_comes_after_the_stop_gets_no_job(tmp_path):
-    stopped, pids = threading.Event(), {}
-    stopped.set()
-    with launch.Listener(os.path.join(tempfile.gettempdir(), "socket")) as listener:
-        reader = threading.Thread(target=launch._read, args=(listener, b"the job", queue.Queue(), threading.Event(), stopped, pids))
+def test_a_rank_that_comes_after_the_stop_gets_no_job():
+    group = launch._Ranks(endless, (), 1, None, {}, print)
+    group.stopped.set()
+    with group.listener:
+        reader = threading.Thread(target=group._read)
         reader.start()
-        with launch.Client(listener.address) as connection:
+        with launch.Client(group.listener.address) as connection:
             connection.send((3, 12345))
             with pytest.raises((EOFError, OSError)):
                 connection.recv_bytes()
         reader.join(10)
-    assert pids == {3: 12345}                   # to be killed
+    shutil.rmtree(group.folder)
+    assert group.pids == {3: 12345}             # to be killed
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -386,15 +487,91 @@ def test_a_run_in_a_thread_of_its_own_works():
     assert isinstance(found[-1], Finished)
 
 
+def test_an_interrupt_while_the_ranks_are_being_started_leaves_none(monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        if thread.name == launch.AGENT:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(launch.stream(endless, (), 2))
+
+
+def test_a_run_works_after_the_fork_server_was_killed():
+    ranks(int, 1)
+    [server] = [child for child in psutil.Process().children() if any("forkserver" in word for word in child.cmdline())]
+    server.kill()
+    until(lambda: not alive([server]), "it does not die")
+    assert ranks(int, 2) == [0, 0]
+
+
+class Traces:
+    """What this process and those below it hold: processes, listening sockets, shared memory, threads, file descriptors, files for a while."""
+
+    def __init__(self):
+        self.pids = {os.getpid()}
+
+    def look(self):
+        self.pids |= {process.pid for process in psutil.Process().children(recursive=True)}
+        return self.pids
+
+    def found(self):
+        me, shared = psutil.Process(), os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
+        family = [me, *me.children(recursive=True)]
+        files = [path.resolve() for path in Path("/proc/self/fd").glob("*")]      # Linux only; matplotlib keeps the fonts of up to 64 threads open
+        return {"processes": len(alive(family)),
+                "sockets": sum(c.status == psutil.CONN_LISTEN for process in alive(family) for c in process.net_connections()),
+                "shared memory": sorted(name for name in shared if set(map(int, re.findall(r"\d+", name))) & self.pids),
+                "threads": threading.active_count(), "file descriptors": sum(path.suffix != ".ttf" for path in files),
+                "files": sorted(os.listdir(tempfile.gettempdir()))}
+
+
+def test_a_hundred_moves_of_hectic_hands_leave_nothing():
+    """Run, stop, abandon, and move the sliders, at random, long before a run has ended, and often before it has begun."""
+    from cnnlab import panel                                # here: the ranks import this module too
+
+    random, traces, begun = Random(0), Traces(), 0
+    live = panel.Training(ENDLESS, {"replicas": (1, 2, 4), "strategy": ("ddp", "ring", "local-sgd", "async"), "loader_workers": (0, 1)})
+
+    def abandon():
+        with closing(launch.run(live.recipe)) as events:
+            return len(list(islice(events, random.choice((0, 1, 3)))))
+
+    def slide():
+        name = random.choice(list(live.controls))
+        live.controls[name].value = random.choice(live.controls[name].options)
+
+    live.controls["replicas"].value = 2                     # first a run, for what is set up once
+    live.run()
+    until(lambda: live.events, "it does not start", seconds=30)
+    live.stop(), live.wait()
+    before = traces.found()
+    for _ in range(100):
+        random.choice((live.run, live.run, live.stop, abandon, slide, slide))()
+        time.sleep(random.choice((0, 0.02, 0.1, 0.2)))
+        traces.look()
+        begun += bool(live.events)
+    live.stop(), live.wait()
+    assert begun > 10
+    with suppress(AssertionError):
+        until(lambda: traces.found() == before, "something is left", seconds=5 + SLACK)
+    assert traces.found() == before
+
+
 # When the notebook itself goes
 
 TRAINING = """
+    import sys
     from cnnlab.launch import run
     from cnnlab.events import Progress
     from cnnlab.recipe import Recipe
 
     if __name__ == "__main__":
-        for event in run(Recipe(data="synthetic", images=512, epochs=1_000_000, threads=1, evaluate=False, replicas=2, loader_workers=1)):
+        replicas = int(sys.argv[1])
+        for event in run(Recipe(data="synthetic", images=512, epochs=1_000_000, threads=1, evaluate=False, replicas=replicas, loader_workers=1)):
             if isinstance(event, Progress):
                 print("training", flush=True)
 """
@@ -414,22 +591,54 @@ SILENT = """
 """
 
 
-@pytest.mark.parametrize("parent, processes", [(TRAINING, 5), (SILENT, 3)], ids=["training", "silent"])
-def test_no_rank_outlives_a_killed_parent(tmp_path, parent, processes):
+TALKING = """
+    from cnnlab.launch import ranks
+
+    def talk():
+        while True:
+            print("training")
+
+    ranks(talk, 2, say=lambda line: print(line.partition("] ")[2], flush=True))
+"""
+
+
+@pytest.mark.parametrize("parent, replicas, signals", [(TRAINING, 2, [signal.SIGKILL]), (SILENT, 2, [signal.SIGKILL]), (TALKING, 2, [signal.SIGKILL]),
+                                                       (TRAINING, 4, [signal.SIGTERM]), (TRAINING, 1, [signal.SIGINT]),
+                                                       (TRAINING, 2, [signal.SIGINT, signal.SIGINT])],
+                         ids=["killed", "killed in silence", "killed in a word", "terminated", "interrupted", "interrupted twice"])
+def test_nothing_outlives_its_parent(tmp_path, parent, replicas, signals):
+    """`parent`: the script; `signals`: what it gets, the group that it leads as well where that is Ctrl-C."""
     script = tmp_path / "parent.py"
     script.write_text(textwrap.dedent(parent))
     environment = {**os.environ, "TMPDIR": str(tmp_path)}       # nobody is left to remove its folders
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    loader_workers = replicas if parent == TRAINING else 0
+    parent = subprocess.Popen([sys.executable, str(script), str(replicas)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+                              start_new_session=True)
     try:
         assert parent.stdout.readline() == "training\n"
         below = psutil.Process(parent.pid).children(recursive=True)
-        assert len(below) >= processes          # fork server, two ranks, and their loader workers
-        parent.kill()
-        parent.wait()
-        until(lambda: not alive(below), "ranks are left")
+        assert len(below) >= 1 + replicas + loader_workers      # one more: the fork server
+        for number in signals:
+            os.killpg(parent.pid, number) if number == signal.SIGINT else os.kill(parent.pid, number)
+            time.sleep(0.03)
+        parent.wait(20)
+        until(lambda: not alive(below), "processes are left", seconds=5 + SLACK)
+        until(lambda: not [*tmp_path.glob("cnnlab-*"), *tmp_path.glob("pytorch-*")], "files are left")
     finally:
         parent.kill()
         parent.stdout.close()
+
+
+def test_a_program_that_ends_in_the_middle_of_a_run_ends(tmp_path):
+    program = """if True:
+        from cnnlab.launch import run
+        from cnnlab.recipe import Recipe
+        events = run(Recipe(data="synthetic", images=512, epochs=1_000_000, threads=1, evaluate=False, replicas=2))
+        print(type(next(events)).__name__)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Started\n", "")
+    assert not list(tmp_path.glob("cnnlab-*"))
 
 
 def test_an_interrupted_command_line_leaves_no_rank(tmp_path):

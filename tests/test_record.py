@@ -125,7 +125,7 @@ def test_a_damaged_line_in_the_middle_is_named(saved):
     assert str(saved) in str(refused.value)
 
 
-HEADER = {"cnnlab": 1, "recipe": {}, "machine": {}, "versions": {}, "commit": None, "date": ""}
+HEADER = {"cnnlab": record.FORMAT, "recipe": {}, "machine": {}, "versions": {}, "commit": None, "date": ""}
 
 
 @pytest.mark.parametrize("content", [
@@ -143,8 +143,8 @@ def test_what_is_no_record_is_refused_by_name(tmp_path, content):
 
 
 def test_another_format_is_refused_with_its_number(saved):
-    saved.write_text(saved.read_text().replace('{"cnnlab": 1', '{"cnnlab": 99', 1))
-    with pytest.raises(Refused, match="has format 99.*reads 1"):
+    saved.write_text(saved.read_text().replace(f'{{"cnnlab": {record.FORMAT}', '{"cnnlab": 99', 1))
+    with pytest.raises(Refused, match=f"has format 99.*reads {record.FORMAT}"):
         record.load(saved)
 
 
