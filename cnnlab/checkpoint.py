@@ -94,7 +94,8 @@ def _check_recipe(path, recipe):
         before = Recipe.from_dict(json.loads((path / RECIPE).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
-    differing = [f"{name}={then}, now {now}" for name, (then, now) in changes(before, recipe).items() if name in SAME]
+    same = SAME + (("epochs", "steps") if recipe.schedule == "cosine" else ())        # it has come down, and would go up again
+    differing = [f"{name}={then}, now {now}" for name, (then, now) in changes(before, recipe).items() if name in same]
     if differing:
         raise Refused(f"the checkpoint {path} is of another recipe ({'; '.join(differing)}). Take that recipe, or name another folder.")
 

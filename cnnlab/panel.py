@@ -27,7 +27,8 @@ from .recipe import Refused, legend
 from .scaling import amdahl, fit_serial, gustafson
 
 REDRAW_EVERY = 0.3       # seconds, at least ...
-REDRAW_SHARE = 0.02      # ... and longer where drawing would take more than this share of a core from the training
+REDRAW_AT_LEAST_EVERY = 1.5
+REDRAW_SHARE = 0.01      # ... and longer where drawing would take more than this share of a core from the training
 NO_LIMIT = "no limit"    # what a slider shows where the recipe has None
 EARLIER_RUNS = 4         # how many stay on the plot for comparison
 
@@ -150,7 +151,7 @@ class Panel(widgets.VBox):
                 last = line
                 if share is not None:
                     self._say(share, line)
-                self.changed.set()
+                    self.changed.set()
             self.bar.bar_style = "" if stop.is_set() else "success"
             last = "Stopped. " + last if stop.is_set() else last
         except Refused as error:
@@ -183,7 +184,7 @@ class Panel(widgets.VBox):
             self.changed.clear()
             began = time.thread_time()
             self.image.value = self.picture.png(self.draw)
-            over.wait(max(REDRAW_EVERY, (time.thread_time() - began) / REDRAW_SHARE))
+            over.wait(min(max(REDRAW_EVERY, (time.thread_time() - began) / REDRAW_SHARE), REDRAW_AT_LEAST_EVERY))
 
     def _keep(self):
         """Leave the last picture in the notebook as a plain image, for pages that cannot run widgets."""

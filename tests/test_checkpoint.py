@@ -1,17 +1,23 @@
 """A run that was killed goes on where it was; what cannot go on says why."""
 
+import shutil
 from functools import partial
+from random import Random
 
 import numpy as np
 import pytest
 from conftest import interrupted_train, kill_myself
 
-from cnnlab import __main__, launch, plot, record
-from cnnlab.events import Checkpointed, Finished, Restarted, Started
+from cnnlab import __main__, checkpoint, launch, plot, record
+from cnnlab.events import Checkpointed, Evaluated, Finished, Restarted, Started
 from cnnlab.launch import RankError, run
 from cnnlab.recipe import Recipe, Refused
+from cnnlab.train import train
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 KEPT = Recipe(batch_size=72, steps=30, warmup_steps=1, threads=1, checkpoint_every=8, augment="shift", schedule="cosine", evaluate=False)
+STEADY = KEPT.but(schedule="constant")              # may be made longer
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -29,6 +35,46 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_been(tm
     assert not loaded.truncated and [type(event) for event in loaded.events] == [type(event) for event in events]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_whichever_rank_is_killed_at_whichever_step_the_losses_are_the_same(tmp_path, monkeypatch, seed):
+    random = Random(seed)
+    recipe = KEPT.but(replicas=3, strategy=("ddp", "ring", "ring")[seed], steps=20, checkpoint_every=random.randint(2, 6))
+    undisturbed = plot.losses_of(list(run(recipe)))[1]
+    step, victim = random.randint(1, 20), random.randrange(3)
+    monkeypatch.setattr(launch, "train_rank", partial(interrupted_train, step=step, victim=victim, what=partial(kill_myself, str(tmp_path / "marks"))))
+    events = list(run(recipe, checkpoints=tmp_path / "kept", max_restarts=1))
+    [restarted] = [event for event in events if isinstance(event, Restarted)]
+    second = [event for event in events if isinstance(event, Started)][-1]
+    assert restarted.rank == victim and restarted.attempt == 1
+    assert second.first_step == (step - 1) // recipe.checkpoint_every * recipe.checkpoint_every      # less than that many steps are lost
+    np.testing.assert_allclose(plot.losses_of(events)[1], undisturbed, atol=1e-6)
+    assert len([event for event in events if isinstance(event, Finished)]) == 3
+
+
+def killed_while_saving(rank, world, recipe, checkpoints, marks):
+    """Rank 0 dies when all parts are written, and the whole has not got its name."""
+    replace = checkpoint.os.replace
+    checkpoint.os.replace = lambda *names: kill_myself(marks, 2 if recipe.steps == 30 else 0) or replace(*names)
+    yield from train(recipe, rank, world, checkpoints)
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch):
+    recipe, kept = STEADY.but(replicas=2), tmp_path / "kept"
+    undisturbed = plot.losses_of(list(run(recipe)))[1]
+    list(run(recipe.but(steps=8), checkpoints=kept))
+    monkeypatch.setattr(launch, "train_rank", partial(killed_while_saving, marks=str(tmp_path / "marks")))
+    events = list(run(recipe, checkpoints=kept, max_restarts=2))
+    assert [event.first_step for event in events if isinstance(event, Started) and event.rank == 0] == [8, 8, 8]
+    np.testing.assert_allclose(plot.losses_of(events)[1], undisturbed[8:], atol=1e-6)
+    assert sorted(path.name for path in kept.iterdir()) == ["step-00000016", "step-00000024"]
+
+
+def test_without_checkpoints_a_run_starts_anew_from_its_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "train_rank", partial(interrupted_train, step=9, victim=0, what=partial(kill_myself, str(tmp_path / "marks"))))
+    events = list(run(KEPT, max_restarts=1))
+    assert [event.first_step for event in events if isinstance(event, Started)] == [0, 0] and isinstance(events[-1], Finished)
+
+
 def test_restarts_come_to_an_end(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "train_rank", partial(interrupted_train, step=3, victim=0, what=partial(kill_myself, str(tmp_path / "marks"), times=9)))
     seen = []
@@ -40,7 +86,7 @@ def test_restarts_come_to_an_end(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fewer", [2, 1])
 def test_four_ranks_save_and_fewer_go_on(tmp_path, fewer):
-    recipe = KEPT.but(schedule="constant")
+    recipe = STEADY
     whole = plot.losses_of(list(run(recipe)))[1]
     first = list(run(recipe.but(replicas=4, steps=16), checkpoints=tmp_path))
     assert [event.step for event in first if isinstance(event, Checkpointed) and event.rank == 0] == [8, 16]
@@ -48,56 +94,113 @@ def test_four_ranks_save_and_fewer_go_on(tmp_path, fewer):
     np.testing.assert_allclose(rest, whole[16:], atol=1e-3)          # Adam makes more of rounding than SGD
 
 
-def test_dropout_goes_on_with_the_numbers_that_it_would_have_drawn(tmp_path):
-    recipe = Recipe(model="VGG16", width=2, batch_size=32, steps=12, warmup_steps=1, threads=1, checkpoint_every=6, evaluate=False)
+def test_ranks_that_were_not_there_before_join_in(tmp_path):
+    recipe = STEADY
+    whole = plot.losses_of(list(run(recipe)))[1]
+    list(run(recipe.but(steps=16), checkpoints=tmp_path))
+    np.testing.assert_allclose(plot.losses_of(list(run(recipe.but(replicas=3), checkpoints=tmp_path)))[1], whole[16:], atol=1e-3)
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_a_run_that_goes_on_for_its_warm_up_only_has_figures_too(tmp_path, left):
+    recipe = STEADY.but(warmup_steps=2, evaluate=True)
+    list(run(recipe.but(steps=8), checkpoints=tmp_path))
+    end = list(run(recipe.but(steps=8 + left), checkpoints=tmp_path))[-1]
+    assert end.steps == 8 + left and end.images_per_s > 0 and end.seconds == pytest.approx(end.warmup_s + (1 if left == 3 else left) * end.step_s)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_dropout_goes_on_with_the_numbers_that_it_would_have_drawn(tmp_path, world):
+    recipe = Recipe(model="VGG16", width=2, batch_size=32, steps=12, warmup_steps=1, threads=1, checkpoint_every=6, evaluate=False, augment="shift", replicas=world)
     whole = plot.losses_of(list(run(recipe)))[1]
     list(run(recipe.but(steps=6), checkpoints=tmp_path))
     np.testing.assert_allclose(plot.losses_of(list(run(recipe, checkpoints=tmp_path)))[1], whole[6:], atol=1e-6)
 
 
+def test_the_batch_norm_statistics_of_rank_0_are_kept(tmp_path):
+    """Under ring each rank has its own; rank 0's are what evaluation takes."""
+    recipe = Recipe(model="ResNet9", width=4, batch_size=32, steps=6, warmup_steps=1, threads=1, checkpoint_every=3, replicas=2, strategy="ring")
+    [whole, *_] = [event.loss for event in run(recipe) if isinstance(event, Evaluated)]
+    list(run(recipe.but(steps=3, evaluate=False), checkpoints=tmp_path))
+    assert [event.loss for event in run(recipe, checkpoints=tmp_path) if isinstance(event, Evaluated)] == pytest.approx([whole] * 2, rel=1e-6)
+
+
 @pytest.fixture
 def half_way(tmp_path):
-    list(run(KEPT.but(steps=16), checkpoints=tmp_path))
+    list(run(STEADY.but(steps=16), checkpoints=tmp_path))
     return tmp_path
 
 
 def test_a_checkpoint_that_was_interrupted_is_passed_over(half_way):
     (half_way / "step-00000024.part").mkdir()
-    assert started(KEPT, half_way).first_step == 16
+    assert started(STEADY, half_way).first_step == 16
 
 
 def test_only_the_newest_checkpoints_are_kept(half_way):
-    list(run(KEPT, checkpoints=half_way))
+    list(run(STEADY, checkpoints=half_way))
     assert sorted(path.name for path in half_way.iterdir()) == ["step-00000016", "step-00000024"]
 
 
-def test_a_damaged_checkpoint_is_refused_and_named(half_way):
-    for path in (half_way / "step-00000016").glob("*.distcp"):
-        path.write_bytes(b"\0" * 10)
-    with pytest.raises(Refused, match="step-00000016 cannot be loaded.*Delete it"):
-        list(run(KEPT, checkpoints=half_way))
+@pytest.mark.parametrize("part", ["*.distcp", ".metadata", "recipe.json"])
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"\0" * 10), lambda path: path.unlink()], ids=["garbage", "missing"])
+def test_a_damaged_checkpoint_is_refused_and_named_and_without_it_the_run_goes_on(half_way, part, damage):
+    newest = half_way / "step-00000016"
+    for path in newest.glob(part):
+        damage(path)
+    with pytest.raises(Refused, match="step-00000016 cannot be loaded.*Delete it") as refused:
+        list(train(STEADY, checkpoints=str(half_way)))
+    assert len(str(refused.value).splitlines()) == 1
+    shutil.rmtree(newest)
+    assert next(train(STEADY, checkpoints=str(half_way))).first_step == 8
 
 
-def test_another_recipes_checkpoint_is_refused(half_way):
-    with pytest.raises(Refused, match="of another recipe.*batch_size=72, now 36"):
-        list(run(KEPT.but(batch_size=36), checkpoints=half_way))
+OTHERS = {"batch_size": 36, "width": 4, "model": "ResNet9", "optimizer": "sgd", "learning_rate": 0.1, "schedule": "cosine", "seed": 1, "augment": "none"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_recipes_checkpoint_is_refused(half_way, name):
+    with pytest.raises(Refused, match=f"of another recipe.*{name}={getattr(STEADY, name)}, now {OTHERS[name]}"):
+        next(train(STEADY.but(**{name: OTHERS[name]}), checkpoints=str(half_way)))
+
+
+def test_what_two_ranks_cannot_load_is_refused_in_one_sentence(half_way):
+    (half_way / "step-00000016" / ".metadata").unlink()
+    with pytest.raises(Refused, match="step-00000016 cannot be loaded"):
+        list(run(STEADY.but(replicas=2), checkpoints=half_way))
+
+
+@pytest.mark.parametrize("change", [{"steps": 40}, {"steps": None, "epochs": 2}], ids=str)
+def test_a_learning_rate_that_came_down_with_the_steps_does_not_go_on_to_others(tmp_path, change):
+    list(run(KEPT.but(steps=16), checkpoints=tmp_path))
+    with pytest.raises(Refused, match="of another recipe.*steps=16, now"):
+        next(train(KEPT.but(**change), checkpoints=str(tmp_path)))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_folder_that_is_gone_in_the_middle_is_refused(tmp_path, world):
+    folder = tmp_path / "kept"
+    with pytest.raises(Refused, match="cannot write checkpoints to .*kept.*Not a directory"):
+        for event in run(STEADY.but(replicas=world), checkpoints=folder):
+            if isinstance(event, Started) and folder.is_dir():
+                folder.rmdir()
+                folder.write_text("in the way")
 
 
 def test_a_run_that_is_done_already_is_refused(half_way):
     with pytest.raises(Refused, match="has done 16 steps.*raise epochs or steps"):
-        list(run(KEPT.but(steps=16), checkpoints=half_way))
+        list(run(STEADY.but(steps=16), checkpoints=half_way))
 
 
 @pytest.mark.parametrize("strategy", ["async", "local-sgd"])
 def test_ranks_that_differ_keep_no_checkpoints(tmp_path, strategy):
     with pytest.raises(Refused, match=f"{strategy}.*keeps no checkpoints"):
-        list(run(KEPT.but(replicas=2, strategy=strategy, schedule="constant"), checkpoints=tmp_path))
+        list(run(STEADY.but(replicas=2, strategy=strategy, schedule="constant"), checkpoints=tmp_path))
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="cannot write checkpoints"):
-        list(run(KEPT, checkpoints=tmp_path / "file"))
+        list(run(STEADY, checkpoints=tmp_path / "file"))
 
 
 def test_the_command_line_goes_on_too(tmp_path, capsys):
@@ -105,6 +208,18 @@ def test_the_command_line_goes_on_too(tmp_path, capsys):
     assert __main__.main(words) == 0 and "step    10: checkpoint written" in capsys.readouterr().out
     assert __main__.main(words) == 0 and "goes on from the checkpoint of step 10" in capsys.readouterr().out
     assert __main__.main([*words, "--max-restarts", "-1"]) == 2 and "max_restarts=-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("restarts, code", [(1, 0), (0, 1)])
+def test_the_command_line_starts_anew_as_often_as_it_may(tmp_path, capsys, monkeypatch, restarts, code):
+    monkeypatch.setattr(launch, "train_rank", partial(interrupted_train, step=8, victim=1, what=partial(kill_myself, str(tmp_path / "marks"))))
+    words = ["train", "--batch-size", "72", "--steps", "12", "--replicas", "2", "--checkpoint-every", "5", "--checkpoint", str(tmp_path / "kept")]
+    assert __main__.main([*words, "--max-restarts", str(restarts)]) == code
+    said, error = capsys.readouterr()
+    if restarts:
+        assert "rank 1 failed: the process was killed. All ranks start anew, for time 1" in said and "goes on from the checkpoint of step 5" in said
+    else:
+        assert "rank 1 failed: the process was killed" in error and "start anew" not in said
 
 
 def started(recipe, folder):

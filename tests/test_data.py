@@ -103,15 +103,24 @@ def test_images_come_with_their_own_labels(numbered, loader):
         assert images.shape == (32, 1, 4, 4) and torch.equal(images[:, 0, 0, 0].long(), labels)
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
 @pytest.mark.parametrize("loader", ["sample", "batch"])
 def test_the_shares_of_all_ranks_make_up_each_batch(numbered, world, loader):
-    recipe = Recipe(batch_size=32, replicas=world, loader=loader)
+    recipe = Recipe(batch_size=24 if world == 3 else 32, replicas=world, loader=loader)
     whole = batches_of(data.train_loader(recipe, numbered))
     shares = [batches_of(data.train_loader(recipe, numbered, rank, world)) for rank in range(world)]
     for batch, *parts in zip(whole, *shares, strict=True):
-        assert {len(part) for part in parts} == {32 // world}
+        assert {len(part) for part in parts} == {recipe.batch_size // world}
         assert sorted(sum(parts, [])) == sorted(batch)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("first", [0, 2, 3, 7])
+def test_a_run_that_goes_on_sees_the_batches_that_it_would_have_seen(numbered, first, workers):
+    """3 batches are an epoch; the run ends after 8."""
+    recipe = Recipe(batch_size=32, loader_workers=workers)
+    whole = batches_of(data.train_loader(recipe, numbered))
+    assert batches_of(data.train_loader(recipe, numbered, first=first, steps=8)) == whole[first:8]
 
 
 def test_another_seed_gives_another_order(numbered):
@@ -125,6 +134,11 @@ def test_a_shifted_batch_moves_as_one_by_at_most_two_pixels():
         moved = data.shifted(images, shift)
         seen |= {(y, x) for y in range(-4, 4) for x in range(-4, 4) if torch.equal(moved, images.roll((y, x), (2, 3)))}
     assert seen == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
+
+
+def test_a_run_that_goes_on_moves_its_batches_as_it_would_have():
+    assert list(islice(data.shifts(3), 5, 9)) == list(islice(data.shifts(3), 9))[5:]
+    assert list(islice(data.shifts(3), 9)) != list(islice(data.shifts(4), 9))
 
 
 # Downloads

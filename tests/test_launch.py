@@ -594,11 +594,13 @@ SILENT = """
 TALKING = """
     from cnnlab.launch import ranks
 
+    said = []
+
     def talk():
         while True:
-            print("training")
+            print("word")
 
-    ranks(talk, 2, say=lambda line: print(line.partition("] ")[2], flush=True))
+    ranks(talk, 2, say=lambda line: said.append(line) or len(said) == 1000 and print("training", flush=True))
 """
 
 

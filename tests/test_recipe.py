@@ -124,6 +124,26 @@ def test_replicas_that_do_not_divide_the_batch_are_refused_with_a_batch_that_wor
         Recipe(batch_size=2, replicas=4)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "local-sgd", "async"])
+@pytest.mark.parametrize("change", [{"compression": "fp16"}, {"bucket_mb": 1.0}, {"accumulate": 2}], ids=str)
+def test_what_only_ddp_does_is_refused_elsewhere(strategy, change):
+    [name] = change
+    with pytest.raises(Refused, match=f"{name}=.*needs strategy='ddp'.*strategy='{strategy}'"):
+        Recipe(strategy=strategy, replicas=2, **change)
+    Recipe(strategy="ddp", replicas=2, **change), Recipe(replicas=2, **change)
+
+
+@pytest.mark.parametrize("change, said", [({"strategy": "async", "schedule": "cosine"}, "schedule='constant'"),
+                                          ({"strategy": "ring", "precision": "fp16"}, "precision='bf16'"),
+                                          ({"accumulate": 3}, "accumulate=3 cannot split the 64 images"),
+                                          ({"replicas": 2, "accumulate": 64}, "accumulate=64 cannot split the 32 images"),
+                                          ({"device": "cuda", "latency_ms": 1.0}, "device='cpu'"),
+                                          ({"device": "cuda", "bandwidth_mbit": 1.0}, "device='cpu'")], ids=str)
+def test_what_does_not_go_together_is_refused_with_what_to_take(change, said):
+    with pytest.raises(Refused, match=said):
+        Recipe(**change)
+
+
 def test_tf32_on_a_cpu_is_refused_with_what_to_take():
     with pytest.raises(Refused, match="tf32.*device='cuda'.*bf16"):
         Recipe(precision="tf32")

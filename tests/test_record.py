@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cnnlab import record
-from cnnlab.events import Failed, Finished, Progress, Started
+from cnnlab.events import Checkpointed, Failed, Finished, Progress, Restarted, Started
 from cnnlab.recipe import Refused
 
 MACHINE = {"name": "Test processor", "cores": 2, "versions": {"torch": "9.9"}}
@@ -84,6 +84,16 @@ def test_a_failed_run_is_whole(tmp_path, short_run):
     events = [short_run[0], Failed(rank=0, error="ValueError: no", traceback="...")]
     list(record.save(tmp_path / "run.jsonl", events, MACHINE))
     assert record.load(tmp_path / "run.jsonl").truncated is None
+
+
+def test_a_run_that_was_restarted_from_a_checkpoint_is_replayed_whole(tmp_path, short_run):
+    started, progress, *rest = short_run
+    events = [started, progress, Checkpointed(rank=0, step=progress.step, path="/kept/step-00000002", took_s=0.1),
+              Restarted(rank=0, error="the process was killed", attempt=1), replace(started, first_step=progress.step), *rest]
+    list(record.save(tmp_path / "run.jsonl", events, MACHINE))
+    assert list(record.replay(tmp_path / "run.jsonl")) == events and record.load(tmp_path / "run.jsonl").truncated is None
+    list(record.save(tmp_path / "cut.jsonl", events[:4], MACHINE))
+    assert "end is missing" in record.load(tmp_path / "cut.jsonl").truncated       # a failure that was mended is no end
 
 
 def test_losses_that_are_no_number_survive(tmp_path, short_run):

@@ -3,7 +3,7 @@
 import pytest
 
 from cnnlab.recipe import Refused
-from cnnlab.scaling import amdahl, fit_serial, gustafson
+from cnnlab.scaling import all_reduce_s, amdahl, fit_serial, gustafson
 
 
 @pytest.mark.parametrize("workers, serial, expected", [(1, 0.3, 1), (8, 0, 8), (8, 1, 1), (2, 0.5, 4 / 3), (4, 0.25, 16 / 7), (1e12, 0.1, 10)])
@@ -32,6 +32,15 @@ def test_a_share_outside_0_to_1_is_refused(law, serial):
 def test_the_fit_finds_the_share_that_made_the_points(serial):
     workers = [1, 2, 4, 8]
     assert fit_serial(workers, amdahl(workers, serial)) == pytest.approx(serial, abs=1e-9)
+
+
+@pytest.mark.parametrize("bytes, ranks, latency_s, bytes_per_s, expected", [
+    (1e6, 1, 0.1, 1e6, 0),                  # nobody to send to
+    (1e6, 2, 0.1, 1e6, 2 * (0.1 + 0.5)),    # each half goes there, and its sum comes back
+    (1e6, 4, 0.0, 1e6, 1.5), (1e6, 1000, 0.0, 1e6, 1.998),      # hardly more with many ranks: 2 bytes over the bandwidth
+    (0, 4, 0.1, 1e6, 0.6), (1e6, 3, 0.0, float("inf"), 0)])
+def test_a_ring_all_reduce(bytes, ranks, latency_s, bytes_per_s, expected):
+    assert all_reduce_s(bytes, ranks, latency_s, bytes_per_s) == pytest.approx(expected)
 
 
 def test_the_fit_stays_a_share():

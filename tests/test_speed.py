@@ -1,5 +1,6 @@
 """Each technique by itself: it does what it says, and leaves the numbers alone where it says so."""
 
+import os
 import random
 import time
 
@@ -56,6 +57,20 @@ def test_threads_are_those_of_the_recipe_or_all_cores_or_what_the_rank_was_given
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("cores, ranks, expected", [
+    (2, 1, [[0, 1]]), (2, 2, [[0], [1]]), (2, 4, [[0], [1], [0], [1]]), (5, 2, [[0, 1], [2, 3]]), (4, 3, [[0], [1], [2]]), (1, 2, [[0], [0]])])
+def test_ranks_are_pinned_to_their_share_of_the_cores(monkeypatch, cores, ranks, expected):
+    pinned = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, mine: pinned.append(mine), raising=False)
+    assert [speed.pin(rank, ranks) for rank in range(ranks)] == pinned == expected
+
+
+def test_where_a_system_cannot_pin_ranks_stay_unpinned(monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    assert speed.pin(0, 2) is None
 
 
 def drawn():
@@ -127,6 +142,27 @@ def test_waiting_counts_the_loader_but_not_the_work():
         time.sleep(0.5)
     assert seen == [0, 1, 2]
     assert 0.3 <= clock.waiting < 1.0
+
+
+def test_communication_is_exposed_from_the_last_exchange_on_only():
+    """Two exchanges in one backward: the first beside it, the second after all is computed."""
+    clock = speed.Clock(CPU)
+    for _ in clock.waited([1]):
+        time.sleep(0.02)
+        clock.mark("forward")
+        first = time.perf_counter()
+        time.sleep(0.1)                         # backward, and the first exchange
+        clock.communicated(first)
+        clock.communicating(time.sleep, 0.05)
+        clock.mark("backward")
+        clock.communicating(time.sleep, 0.03)
+        clock.mark("update")
+    assert 0.08 <= clock.exposed < 0.15
+    spans = clock.timeline()
+    length = {phase: sum(end - begin for name, begin, end in spans if name == phase) for phase, *_ in spans}
+    assert length["exposed"] == pytest.approx(clock.exposed, abs=1e-4) and length["communication"] >= 0.18
+    assert length["forward"] >= 0.02 and 0.1 <= length["backward"] < 0.15 and length["update"] < 0.05
+    assert abs(max(end for *_, end in spans) - time.time()) < 5          # on the clock on the wall
 
 
 def test_peak_memory_is_in_mib_and_never_falls():

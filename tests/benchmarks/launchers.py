@@ -103,10 +103,10 @@ def family(folder):
     return found
 
 
-def finish(process, folder):
+def finish(process, folder, limit=LIMIT):
     """(what it printed, how many of its processes are left 5 s after its end); then all are killed."""
     try:
-        process.wait(LIMIT)
+        process.wait(limit)
         hung = False
     except subprocess.TimeoutExpired:
         hung = True
@@ -124,7 +124,7 @@ def finish(process, folder):
 def starts(name, world, rounds):
     first, later = [], []
     for _ in range(rounds):
-        lines, hung, _ = finish(*kernel(name, world, "first"))
+        lines, hung, _ = finish(*kernel(name, world, "first"), 3 * LIMIT)      # three calls
         if hung or any(line["error"] for line in lines):
             return "fails", "fails"
         first.append(lines[0]["first_step"])
