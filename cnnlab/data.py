@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
 
+from .photos import PHOTOGRAPHS, Photos, parts, photo_folder
 from .recipe import Refused
 
 DIGITS = tuple("0123456789")
@@ -37,23 +38,27 @@ UNREADABLE = (OSError, EOFError, ValueError, LookupError, zlib.error, tarfile.Ta
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """A data set in memory: images as float32 (N, channels, size, size) of about zero mean, labels as int64 (N,)."""
+    """A data set: images as float32 (N, channels, size, size) of about zero mean, labels as int64 (N,).
 
-    train: TensorDataset
+    All in memory, but for photographs: those to train on stay files.
+    """
+
+    train: TensorDataset | Photos
     test: TensorDataset
     classes: tuple[str, ...]
 
     @property
     def shape(self):
         """(channels, size, number of classes): what a model needs to know."""
-        return *self.train.tensors[0].shape[1:3], len(self.classes)
+        return *self.test.tensors[0].shape[1:3], len(self.classes)
 
 
 def load(recipe):
     """The recipe's `Images`. Raises `Refused` when they cannot be had, or are too few for the recipe."""
-    loaders = {"digits": digits, "fashion-mnist": fashion_mnist, "cifar10": cifar10, "synthetic": None}
-    loader = loaders[recipe.data]
-    images = loader() if loader else synthetic(recipe.images, recipe.image_size, recipe.classes, recipe.seed)
+    loaders = {"digits": digits, "fashion-mnist": fashion_mnist, "cifar10": cifar10,
+               "synthetic": lambda: synthetic(recipe.images, recipe.image_size, recipe.classes, recipe.seed),
+               "photos": lambda: photographs(recipe.images, recipe.image_size, recipe.augment == "crop")}
+    images = loaders[recipe.data]()
     steps = recipe.steps or recipe.epochs * (len(images.train) // recipe.batch_size)
     if recipe.batch_size > len(images.train):
         raise Refused(f"batch_size={recipe.batch_size} is larger than the data: {recipe.data} has {len(images.train)} "
@@ -118,6 +123,13 @@ def synthetic(images, size, classes, seed=0):
     return Images(train=make(images), test=make(max(1, images // 8)), classes=tuple(str(c) for c in range(classes)))
 
 
+def photographs(images, size, augment=False):
+    """So many JPEG files of 256x256 pixels, two classes; those to train on are decoded anew each time they are asked for."""
+    train, test = parts(images, size, augment)
+    test = TensorDataset(*default_collate([test[number] for number in range(len(test))]))
+    return Images(train=train, test=test, classes=PHOTOGRAPHS)
+
+
 class RankBatches(torch.utils.data.Sampler):
     """Shuffled global batches, of which this rank gets every `world`-th image. Each iteration is an epoch.
 
@@ -177,8 +189,8 @@ def shifted(images, shift):
     return images.roll(shift, dims=(2, 3))
 
 
-class _WholeBatches(torch.utils.data.Dataset):
-    """Lets one index stand for a whole batch: dataset[[3, 1, 4]] is three images and three labels."""
+class _WholeBatches(Dataset):
+    """Lets one index stand for a whole batch: dataset[[3, 1, 4]] is three images and three labels. Files still come one by one."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -187,13 +199,17 @@ class _WholeBatches(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, indices):
+        if isinstance(self.dataset, Photos):
+            return default_collate([self.dataset[index] for index in indices])
         return self.dataset[torch.as_tensor(indices)]
 
 
-def fetch_all(data):
-    """Have all files of a data set in the cache. Raises `Refused` when one cannot be had."""
-    for name in {"fashion-mnist": FASHION_FILES, "cifar10": CIFAR_FILES}.get(data, ()):
-        fetch(data, name)
+def provide(recipe):
+    """Have all files that the recipe reads in the cache. Raises `Refused` when one cannot be had."""
+    for name in {"fashion-mnist": FASHION_FILES, "cifar10": CIFAR_FILES}.get(recipe.data, ()):
+        fetch(recipe.data, name)
+    if recipe.data == "photos":
+        photo_folder(recipe.images)
 
 
 def fetch(data, name):

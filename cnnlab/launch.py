@@ -63,7 +63,7 @@ def run(recipe, stop=None, env=None, checkpoints=None, max_restarts=0, say=print
         raise Refused(f"max_restarts={max_restarts!r} is not allowed: it must be a whole number, 0 or more.")
     if checkpoints:
         checkpoint.check(checkpoints, recipe)
-    data.fetch_all(recipe.data)             # here, so that a download happens once
+    data.provide(recipe)             # here, so that a download happens once
     folder = checkpoints and str(Path(checkpoints).resolve())
     together = recipe.replicas > 1 or recipe.strategy == "ddp"
     backend = rank_backend(recipe, recipe.replicas) if together else None

@@ -92,18 +92,29 @@ def timeline(ax, runs):
 
 
 def where_time_goes(ax, runs):
-    """Milliseconds a step of each finished run: waiting for the loader, and the rest. `runs`: {label: events}."""
-    ends = {label: next((e for e in events if isinstance(e, Finished)), None) for label, events in runs.items()}
-    ends = {label: end for label, end in ends.items() if end}
-    rows = range(len(ends))
-    compute, waiting = ([1000 * getattr(end, part) for end in ends.values()] for part in ("compute_s", "waiting_s"))
-    ax.barh(rows, compute, color=COLOURS[0], label="compute")
-    ax.barh(rows, waiting, left=compute, color=COLOURS[1], label="waiting for data")
-    ax.set_yticks(rows, ends)
-    ax.invert_yaxis()
-    ax.set_xlabel("milliseconds a step")
-    ax.legend(frameon=False)
-    _plain(ax)
+    """Milliseconds a step of each run, a bar each: computing, waiting for the loader, for other ranks. `runs`: {label: events}.
+
+    Of a run under way, those of its last steps; on a GPU, nothing before it has finished.
+    """
+    steps = {label: parts for label, events in runs.items() if (parts := _step_of(events))}
+    parts = {"compute": COLOURS[0], "waiting for data": PHASES["waiting"], "waiting for other ranks": PHASES["exposed"]}
+    for number, (part, colour) in enumerate(parts.items()):
+        if number == 2 and not any(step[2] for step in steps.values()):
+            continue
+        x = [at for step in steps.values() for at in (sum(step[:number]), sum(step[:number + 1]), np.nan)]
+        y = [row for row, step in enumerate(steps.values()) for _ in range(3)]
+        _curve(ax, part, x, y, color=colour, linewidth=min(22, 110 / max(len(steps), 1)), solid_capstyle="butt", label=part)
+    widest, shown = max((sum(step) for step in steps.values()), default=1.0), ax.get_xlim()[1] if ax.get_legend() else 0
+    if not widest <= shown <= 3 * widest:      # limits stay while they fit: a live picture is then drawn faster
+        ax.set_xlim(0, _round_up(1.15 * widest))
+    if [label.get_text() for label in ax.get_yticklabels()] != list(steps) or not ax.get_legend():
+        ax.set_yticks(range(len(steps)), list(steps))
+        ax.set_ylim(max(len(steps), 1) - 0.4, -1.3)          # room above for the legend
+        ax.set_xlabel("milliseconds a step")
+        ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper left", columnspacing=0.8, handlelength=0.8, handletextpad=0.4, borderaxespad=0)
+        for line in ax.get_legend().get_lines():
+            line.set_linewidth(6)
+        _plain(ax)
 
 
 def speedups(ax, measurements, prediction=None, caveat=None):
@@ -240,6 +251,17 @@ def losses_of(events, by="images"):
         return [], []
     points = np.mean([points[:done] for points in ranks.values()], axis=0)
     return points[:, 1 if by == "seconds" else 0], points[:, 2]
+
+
+def _step_of(events):
+    """Milliseconds (computing, waiting for data, for other ranks) of a step of rank 0; None where the run has not told yet."""
+    end = next((event for event in events if isinstance(event, Finished) and event.rank == 0), None)
+    if end:
+        return [1000 * (seconds or 0.0) for seconds in (end.compute_s, end.waiting_s, end.communication_s)]
+    spans = next((event.spans for event in reversed(events) if isinstance(event, Progress) and event.rank == 0), [])
+    steps = sum(phase == "waiting" for phase, _, _ in spans)
+    sums = [sum(end - begin for phase, begin, end in spans if phase in some) for some in (("forward", "backward", "update"), ("waiting",), ("exposed",))]
+    return [1000 * seconds / steps for seconds in sums] if steps else None
 
 
 def _recipe(events):

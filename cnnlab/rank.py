@@ -99,7 +99,7 @@ def train_here(recipe, checkpoints=None):
     join(backend(recipe, int(os.environ["LOCAL_WORLD_SIZE"])), timeout=timedelta(seconds=TIMEOUT))
     for turn in (True, False):                  # one rank of each machine downloads, then the others find the files
         if turn == (local == 0):
-            data.fetch_all(recipe.data)
+            data.provide(recipe)
         dist.barrier()
     events = []
     for event in train(recipe, rank, world, checkpoints):

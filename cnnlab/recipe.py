@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 
 CHOICES = {
     "model": ("SmallCNN", "ResNet9", "VGG16", "VGG19"),
-    "data": ("digits", "fashion-mnist", "cifar10", "synthetic"),
-    "augment": ("none", "shift"),
+    "data": ("digits", "fashion-mnist", "cifar10", "synthetic", "photos"),
+    "augment": ("none", "shift", "crop"),
     "optimizer": ("sgd", "adam"),
     "schedule": ("constant", "cosine"),
     "device": ("cpu", "cuda"),
@@ -37,14 +37,14 @@ class Recipe:
     model: str = "SmallCNN"
     width: int | None = None          # channels of the first convolution; None: the model's own
     data: str = "digits"
-    images: int = 2048                # how many training images, for synthetic data only
-    image_size: int = 32              # pixels a side, for synthetic data only
+    images: int = 2048                # how many, for synthetic data and photos only
+    image_size: int = 32              # pixels a side, for synthetic data and photos only
     classes: int = 10                 # for synthetic data only
     batch_size: int = 64              # images a step, all ranks together
     epochs: int = 1
     steps: int | None = None          # stop after so many steps, however many epochs they take
     warmup_steps: int = 2             # timed apart: compilation, caches, first allocations
-    augment: str = "none"             # shift: each batch moved by up to 2 pixels
+    augment: str = "none"             # shift: each batch moved by up to 2 pixels; crop: a random part of each photo, perhaps mirrored
     optimizer: str = "adam"           # sgd has momentum 0.9
     learning_rate: float = 0.003
     schedule: str = "constant"        # cosine: down to 0 at the last step
@@ -114,6 +114,8 @@ class Recipe:
         if self.steps is not None and self.steps <= self.warmup_steps:
             raise Refused(f"steps={self.steps} leaves nothing to time after warmup_steps={self.warmup_steps}: "
                           "raise steps or lower warmup_steps.")
+        if self.augment == "crop" and self.data != "photos":
+            raise Refused("augment='crop' needs data='photos': it is done while a file is decoded. Elsewhere take augment='shift'.")
         if self.data == "synthetic" and self.batch_size > self.images:
             raise Refused(f"batch_size={self.batch_size} is larger than the data, images={self.images}: "
                           "lower batch_size or raise images.")

@@ -144,14 +144,27 @@ def test_x_ends_where_the_longest_run_will(ax, short_run):
 # Bars
 
 def test_where_time_goes_adds_up_to_a_step(ax, short_run):
-    plot.where_time_goes(ax, {"run": short_run, "unfinished": short_run[:3]})
-    [compute], [waiting] = (container.patches for container in ax.containers)
-    end = short_run[-1]
+    plot.where_time_goes(ax, {"run": short_run})
+    end, bars = short_run[-1], points(ax)
     assert isinstance(end, Finished)
-    assert compute.get_width() == pytest.approx(1000 * end.compute_s)
-    assert waiting.get_x() + waiting.get_width() == pytest.approx(1000 * end.step_s)
+    assert bars["compute"][0][:2] == pytest.approx([0, 1000 * end.compute_s])
+    assert bars["waiting for data"][0][:2] == pytest.approx([1000 * end.compute_s, 1000 * end.step_s])
+    assert "waiting for other ranks" not in bars
     assert [label.get_text() for label in ax.get_yticklabels()] == ["run"]
     render(ax)
+
+
+def test_where_time_goes_follows_a_run_under_way_and_shows_waiting_for_ranks(ax, short_run):
+    spans = [["waiting", 10.0, 10.1], ["forward", 10.1, 10.2], ["exposed", 10.2, 10.5], ["update", 10.5, 10.6]]
+    live = [replace(event, spans=2 * spans) if isinstance(event, Progress) else event for event in short_run[:-2]]
+    plot.where_time_goes(ax, {"run": live, "only begun": short_run[:1]})
+    bars = points(ax)
+    assert bars["compute"][0][:2] == pytest.approx([0, 200]) and bars["waiting for data"][0][:2] == pytest.approx([200, 300])
+    assert bars["waiting for other ranks"][0][:2] == pytest.approx([300, 600])
+    before = render(ax)
+    plot.where_time_goes(ax, {"run": short_run})                  # the same axes, with the run's end
+    assert points(ax)["compute"][0][1] == pytest.approx(1000 * short_run[-1].compute_s) and len(ax.lines) == 3
+    assert (render(ax) != before).any()
 
 
 def test_speedups_show_medians_over_the_first(ax):

@@ -27,8 +27,8 @@ def test_fields_left_out_take_their_defaults():
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, allowed in CHOICES.items() for value in allowed])
 def test_every_choice_is_accepted(name, value):
-    device = {"device": "cuda"} if value == "tf32" else {}
-    assert getattr(Recipe(**{name: value, **device}), name) == value
+    needed = {"tf32": {"device": "cuda"}, "crop": {"data": "photos"}}.get(value, {})
+    assert getattr(Recipe(**{name: value, **needed}), name) == value
 
 
 def test_but_changes_only_what_is_named():
