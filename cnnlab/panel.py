@@ -18,7 +18,7 @@ from IPython.display import publish_display_data
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from . import launch, machine, plot
+from . import explain, launch, machine, plot
 from .compare import Measurement, slowest, speedup
 from .events import Finished, Progress, Started
 from .ladder import climb as climb_ladder
@@ -82,17 +82,19 @@ class Panel(widgets.VBox):
     `controls`: {name: widget}. `work(values, stop)` is a generator that does the work until it ends or the event
     `stop` is set; each thing that it yields goes to `take(thing)`, which returns (share done, a line of text), or
     None when there is nothing to say. `draw(axes)` draws what has been taken in. With `follow`, moving a control
-    while a run is on, or after one, starts anew with the new value.
+    while a run is on, or after one, starts anew with the new value. `why(stop)`, where given, is what the button Why shows: a text.
 
     Where CNNLAB_UNATTENDED is set (tests, exports: nobody is there to press Run) showing the panel runs it to its end.
     """
 
-    def __init__(self, controls, work, take, draw, picture, follow=True, hint="Press Run."):
-        self.controls, self.work, self.take, self.draw, self.picture = controls, work, take, draw, picture
+    def __init__(self, controls, work, take, draw, picture, follow=True, hint="Press Run.", why=None):
+        self.controls, self.work, self.take, self.draw, self.picture, self.why = controls, work, take, draw, picture, why
         self.lock, self.stop_event, self.thread, self.handle = threading.Lock(), threading.Event(), None, None
         self.changed, self.started, self.said = threading.Event(), False, 0.0
         self.run_button = widgets.Button(description="Run", icon="play", button_style="primary", layout={"width": "90px"})
         self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True, layout={"width": "90px"})
+        self.why_button = widgets.Button(description="Why", icon="question", disabled=True, layout={"width": "90px"})
+        self.reason = widgets.HTML()
         self.bar = widgets.FloatProgress(min=0, max=1, layout={"width": "160px"})
         self.status = widgets.HTML(hint)
         self.image = widgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
@@ -100,16 +102,18 @@ class Panel(widgets.VBox):
         self.image.value = picture.png(draw)
         self.run_button.on_click(self.run)
         self.stop_button.on_click(self.stop)
+        self.why_button.on_click(self.explain)
         if follow:
             for control in controls.values():
                 control.observe(lambda _: self.started and self.run(), "value")
-        for widget, name in ((self.run_button, "run"), (self.stop_button, "stop"), (self.status, "status"), (self.image, "picture")):
+        for widget, name in ((self.run_button, "run"), (self.stop_button, "stop"), (self.why_button, "why"), (self.reason, "reason"),
+                             (self.status, "status"), (self.image, "picture")):
             widget.add_class(f"cnnlab-{name}")
         for name, control in controls.items():
             control.add_class("cnnlab-" + re.sub(r"\W+|_", "-", name))
-        top = widgets.HBox([self.run_button, self.stop_button, self.bar, self.status])
+        top = widgets.HBox([self.run_button, self.stop_button, *([self.why_button] if why else []), self.bar, self.status])
         rows = widgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"})
-        super().__init__([rows, top, self.image])
+        super().__init__([rows, top, self.image, self.reason])
         self.add_class("cnnlab-panel")
 
     @property
@@ -119,10 +123,24 @@ class Panel(widgets.VBox):
 
     def run(self, _=None):
         """Start, or start anew. Returns at once."""
+        self._begin(self.work, self.take)
+
+    def explain(self, _=None):
+        """Say why the last run is as fast as it is: which resource bounds it. Returns at once."""
+        self._begin(self._explaining, lambda said: (1.0, said))
+
+    def _explaining(self, values, stop):
+        self.status.value = "profiling a few steps: some seconds; with torch.compile up to a minute ..."
+        said = self.why(stop)
+        if not stop.is_set():
+            self.reason.value = f"<pre>{_escaped(said)}</pre>"
+            yield "the reason is below the picture"
+
+    def _begin(self, work, take):
         with self.lock:
             self.stop_event.set()
             self.stop_event, self.started = threading.Event(), True
-            self.thread = threading.Thread(target=self._supervise, args=(self.values, self.stop_event, self.thread), daemon=True)
+            self.thread = threading.Thread(target=self._supervise, args=(work, take, self.values, self.stop_event, self.thread), daemon=True)
             self.thread.start()
 
     def stop(self, _=None):
@@ -134,20 +152,21 @@ class Panel(widgets.VBox):
         if self.thread:
             self.thread.join()
 
-    def _supervise(self, values, stop, before):
+    def _supervise(self, work, take, values, stop, before):
         if before:
             before.join()
         if stop.is_set():
             return self._rest("Stopped.", stop)
-        self.run_button.disabled, self.stop_button.disabled, self.bar.bar_style = True, False, ""
+        self.run_button.disabled = self.why_button.disabled = True
+        self.stop_button.disabled, self.bar.bar_style = False, ""
         over = threading.Event()
         drawer = threading.Thread(target=self._keep_drawing, args=(over,), daemon=True)
         drawer.start()
         last = ""
         try:
             self._say(0.0, "starting ...")
-            for thing in self.work(values, stop):
-                share, line = self.take(thing) or (None, last)
+            for thing in work(values, stop):
+                share, line = take(thing) or (None, last)
                 last = line
                 if share is not None:
                     self._say(share, line)
@@ -168,7 +187,8 @@ class Panel(widgets.VBox):
         """Ready for the next Run; nothing to do when a newer run has begun already."""
         if self.stop_event is stop:
             self.status.value = line
-            self.run_button.disabled, self.stop_button.disabled = False, True
+            self.run_button.disabled = self.why_button.disabled = False
+            self.stop_button.disabled = True
             self._keep()
 
     def _say(self, share, line):
@@ -219,8 +239,8 @@ class Training(Panel):
     def __init__(self, base, vary, draw=(plot.loss, plot.accuracy), **options):
         self.base, self.runs, self.events = base, {}, []
         sliders = {name: slider(name, values, getattr(base, name)) for name, values in vary.items()}
-        self.fresh, self.one_each = False, draw
-        super().__init__(sliders, self._work, self._take, self._draw, Picture(len(draw)), **options)
+        self.fresh, self.one_each, self.told = False, draw, []
+        super().__init__(sliders, self._work, self._take, self._draw, Picture(len(draw)), why=self._why, **options)
 
     @property
     def recipe(self):
@@ -230,10 +250,14 @@ class Training(Panel):
         recipe = self.base.but(**values)
         label = ", ".join(f"{name}={value}" for name, value in values.items()) or legend(self.base, recipe)
         runs = {name: events for name, events in self.runs.items() if name != label}
-        self.events = []
+        self.events, self.told = [], [*(other for other in self.told if other != recipe), recipe][-2:]
         self.runs = {**dict(list(runs.items())[-EARLIER_RUNS:]), label: self.events}
         self.fresh = True
         yield from launch.run(recipe, stop)
+
+    def _why(self, stop):
+        """The last recipe, beside the one before where there is one."""
+        return explain.explain(*self.told, stop=stop)
 
     def _draw(self, axes):
         if self.fresh:                         # another set of runs: begin on empty axes
@@ -272,7 +296,8 @@ class Scaling(Panel):
         controls["scaling"].style.button_width = "100px"
         picture = Picture(2, (9.4, 3.4))
         picture.figure.subplots_adjust(wspace=0.17, top=0.91, bottom=0.15)
-        super().__init__(controls, self._work, self._take, self._draw, picture)
+        self.compared = [base]
+        super().__init__(controls, self._work, self._take, self._draw, picture, why=lambda stop: explain.explain(*self.compared, stop=stop))
 
     def _work(self, values, stop):
         """The run with so many ranks, then the baseline; both or neither become a repeat."""
@@ -281,7 +306,7 @@ class Scaling(Panel):
         del values["scaling"]
         alone = self.base.but(replicas=1, strategy=None)
         recipe = self.base.but(replicas=ranks, strategy=self.base.strategy or "ddp", batch_size=self.base.batch_size * (ranks if weak else 1), **values)
-        rates = []
+        self.compared, rates = [alone, recipe], []
         ours = f"{ranks} rank{'s' * (ranks > 1)} with DDP"
         for self.label, each in ((ours, recipe), ("one rank without DDP", alone)):
             self.events, finished = [], []
