@@ -55,10 +55,11 @@ def techniques(machine):
         "bf16": {"precision": "bf16"},
         AGAIN + "channels_last": {"memory_format": "channels_last"},
         "torch.compile": machine.compiler and {"compiler": "inductor"},
+        "compiled except pooling": machine.compiler and {"compiler": "inductor-except-pool"},
         **(gpu or {"GPU": None}),
         "replicas": (machine.cores > 1 and not machine.gpus or len(machine.gpus) > 1) and {"replicas": replicas, "threads": None},
     }
-    why_not = {"threads": "this process may use one core only", "torch.compile": machine.missing.get("C++ compiler"),
+    why_not = {"threads": "this process may use one core only", "torch.compile": machine.missing.get("C++ compiler"), "compiled except pooling": machine.missing.get("C++ compiler"),
                "GPU": machine.missing.get("NVIDIA GPU"),
                "replicas": machine.missing.get("second GPU") if machine.gpus else "this process may use one core only"}
     return ({name: change for name, change in rungs.items() if change},

@@ -75,7 +75,7 @@ def versions():
 def missing_for(recipe):
     """One sentence for each thing that `recipe` needs and this machine lacks; empty when it can run here."""
     machine = describe()
-    needs = {"NVIDIA GPU": recipe.device == "cuda", "C++ compiler": recipe.compiler == "inductor" and recipe.device == "cpu"}
+    needs = {"NVIDIA GPU": recipe.device == "cuda", "C++ compiler": recipe.compiler != "eager" and recipe.device == "cpu"}
     lacking = [f"{name} missing: {machine.missing[name]}" for name, needed in needs.items() if needed and name in machine.missing]
     if recipe.strategy == "async" and os.name != "posix":
         lacking.append("strategy='async' needs POSIX file locks: Linux or macOS.")

@@ -19,7 +19,7 @@ LAPTOP = replace(machine.describe(), cores=4, gpus=(), compiler="/usr/bin/g++", 
 
 def test_a_laptop_can_try_all_but_the_gpu():
     rungs, why_not = techniques(LAPTOP)
-    assert list(rungs) == ["threads", "channels_last", "whole-batch loader", "bf16", AGAIN + "channels_last", "torch.compile", "replicas"]
+    assert list(rungs) == ["threads", "channels_last", "whole-batch loader", "bf16", AGAIN + "channels_last", "torch.compile", "compiled except pooling", "replicas"]
     assert rungs["threads"] == {"threads": 4}
     assert why_not == {"GPU": "none here"}
 
@@ -51,7 +51,7 @@ def test_two_gpus_can_have_replicas():
 def test_every_technique_is_tried_or_has_a_reason(cores, gpus):
     missing = {**({} if gpus else {"NVIDIA GPU": "none here"}), **({} if len(gpus) > 1 else {"second GPU": "needs two"})}
     rungs, why_not = techniques(replace(LAPTOP, cores=cores, gpus=gpus, missing=missing))
-    assert {"threads", "torch.compile", "replicas", "GPU"} <= set(rungs) | set(why_not)
+    assert {"threads", "torch.compile", "compiled except pooling", "replicas", "GPU"} <= set(rungs) | set(why_not)
     assert all(why_not.values()) and not set(rungs) & set(why_not)
 
 

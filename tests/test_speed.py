@@ -1,5 +1,6 @@
 """Each technique by itself: it does what it says, and leaves the numbers alone where it says so."""
 
+import copy
 import os
 import random
 import time
@@ -34,6 +35,20 @@ def test_prepare_applies_the_layout_of_the_recipe(change, channels_last):
 def test_prepare_compiles_only_when_asked():
     assert type(speed.prepare(SmallCNN(), Recipe(), CPU)) is SmallCNN
     assert isinstance(speed.prepare(SmallCNN(), Recipe(compiler="inductor"), CPU), torch._dynamo.OptimizedModule)     # compiles at its first call
+
+
+def test_pooling_is_left_out_of_what_is_compiled():
+    torch.manual_seed(0)
+    plain, images = ResNet9(width=4), torch.rand(2, 3, 32, 32)
+    cut = speed.prepare(copy.deepcopy(plain), Recipe(compiler="inductor-except-pool"), CPU)._orig_mod
+    assert torch._dynamo.explain(plain)(images).graph_break_count == 0
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(cut)(images)
+    assert found.graph_break_count > 0
+    assert not any("max_pool" in str(node.target) for graph in found.graphs for node in graph.graph.nodes)
+    torch._dynamo.reset()
+    graphs = torch.compile(cut, backend="eager")
+    assert torch.equal(graphs(images), copy.deepcopy(plain)(images))
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
