@@ -58,7 +58,7 @@ def parser():
     ladder_.add_argument("--repeats", type=int, metavar="N", help="runs of each rung (default: 3 quick, else 5)")
     ladder_.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     ladder_.add_argument("--png", type=Path, metavar="FILE", help="draw the result")
-    ladder_.add_argument("--record", type=Path, metavar="DIR", help="save a run of the best recipe, and the ladder, in this folder")
+    ladder_.add_argument("--record", type=Path, metavar="DIR", help="save the ladder, a run of its best recipe, and what lessons 06 and 09 measure, in this folder")
     _recipe_options(ladder_, ["model", "width", "data", "images", "image_size", "classes", "batch_size", "steps", "seed"])
     ladder_.set_defaults(command=ladder)
 
@@ -145,6 +145,23 @@ def ladder(options):
         best_recipe = Recipe.from_dict(best["recipe"])
         for _ in record.save(_record_path(options.record, best_recipe), run(best_recipe), describe().to_dict()):
             pass
+        _record_device(options.record / "device.json", "cuda" if describe().gpus else "cpu", options.quick)
+
+
+def _record_device(path, device, quick):
+    """What lessons 06 and 09 measure of one device, saved after each measurement."""
+    from tqdm.auto import tqdm
+
+    from . import record
+    from .device import NAMES, everything
+
+    figures = {}
+    for name, found in tqdm(everything(device, quick), total=len(NAMES) + 1, desc=f"measuring {device}", file=sys.stderr, leave=False, disable=None):
+        figures[name] = found
+        record.write_json(path, figures)
+        if "failed" in found:
+            print(f"{device}, {name}: failed: {found['failed']}", file=sys.stderr)
+    print(f"measured {device}: {path}")
 
 
 def replay(options):

@@ -13,13 +13,17 @@ tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Py
 REPOSITORY = Path(__file__).parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-DEPENDENCIES = [Requirement(text) for text in [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["test"]]]
+DEPENDENCIES = [Requirement(text) for text in [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["test"], *EXTRAS["tour"], *EXTRAS["xla"]]]
+NO_PIN = {"triton"}          # each CUDA build of torch asks for one version of it
 PINS = [Requirement(line) for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
 
 
 @pytest.mark.parametrize("dependency", DEPENDENCIES, ids=lambda dependency: dependency.name)
 def test_every_dependency_has_one_pin_within_its_range(dependency):
     pins = [pin for pin in PINS if plain(pin.name) == plain(dependency.name)]
+    if dependency.name in NO_PIN:
+        assert not pins
+        return
     assert len(pins) == 1
     assert dependency.specifier.contains(str(pins[0].specifier).removeprefix("=="))
 
