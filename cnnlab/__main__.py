@@ -145,20 +145,20 @@ def ladder(options):
         best_recipe = Recipe.from_dict(best["recipe"])
         for _ in record.save(_record_path(options.record, best_recipe), run(best_recipe), describe().to_dict()):
             pass
-        _record_device(options.record / "device.json", "cuda" if describe().gpus else "cpu", options.quick)
+        _record_device(options.record, "cuda" if describe().gpus else "cpu", options.quick)
 
 
-def _record_device(path, device, quick):
-    """What lessons 06 and 09 measure of one device, saved after each measurement."""
+def _record_device(folder, device, quick):
+    """What lessons 06 and 09 measure of one device, saved in the folder after each measurement."""
     from tqdm.auto import tqdm
 
     from . import record
-    from .device import NAMES, everything
+    from .device import NAMES, everything, file_name
 
     figures = {}
     for name, found in tqdm(everything(device, quick), total=len(NAMES) + 1, desc=f"measuring {device}", file=sys.stderr, leave=False, disable=None):
         figures[name] = found
-        record.write_json(path, figures)
+        record.write_json(path := folder / file_name(figures), figures)
         if "failed" in found:
             print(f"{device}, {name}: failed: {found['failed']}", file=sys.stderr)
     print(f"measured {device}: {path}")

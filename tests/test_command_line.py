@@ -70,7 +70,8 @@ def test_the_ladder_writes_its_json_picture_and_record(tmp_path):
     assert json.loads((tmp_path / "runs" / "ladder.json").read_text()) == found
     [run] = (tmp_path / "runs").glob("*.jsonl")
     assert record.load(run).recipe.to_dict() == next(rung for rung in found["rungs"] if rung["name"] == found["best"])["recipe"]
-    device = json.loads((tmp_path / "runs" / "device.json").read_text())
+    [path] = (tmp_path / "runs").glob("device-*.json")
+    device = json.loads(path.read_text())
     assert set(device) == {"machine", *NAMES} and not [name for name, figures in device.items() if "failed" in figures]
     assert f"best here: {found['best']}" in done.stdout
     assert "torch.compile" in found["impossible"]

@@ -11,7 +11,7 @@ import cnnlab
 
 FOLDER = Path(cnnlab.__file__).parent
 ORDER = ["recipe", "events", "record", "scaling", "model", "photos", "data", "machine", "replicas", "speed", "checkpoint", "train", "rank", "launch",
-         "compare", "explain", "device", "ladder", "plot", "panel", "check", "__main__"]
+         "compare", "explain", "instruments", "device", "ladder", "plot", "panel", "check", "__main__"]
 ALLOWED_UPWARD = set()       # (module, what it imports although that stands below): none
 
 
