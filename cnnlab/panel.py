@@ -181,7 +181,10 @@ class Panel(widgets.VBox):
             last, self.bar.bar_style = f"<b>The panel failed:</b><pre>{_escaped(traceback.format_exc())}</pre>", "danger"
         over.set()
         drawer.join()
-        self._rest(last, stop)
+        try:
+            self._rest(last, stop)
+        except Exception:      # of the picture
+            self.status.value, self.bar.bar_style = f"<b>The panel cannot draw:</b><pre>{_escaped(traceback.format_exc())}</pre>", "danger"
 
     def _rest(self, line, stop):
         """Ready for the next Run; nothing to do when a newer run has begun already."""
@@ -203,7 +206,10 @@ class Panel(widgets.VBox):
                 continue
             self.changed.clear()
             began = time.thread_time()
-            self.image.value = self.picture.png(self.draw)
+            try:
+                self.image.value = self.picture.png(self.draw)
+            except Exception:          # the last picture, at the end, says so
+                return
             over.wait(min(max(REDRAW_EVERY, (time.thread_time() - began) / REDRAW_SHARE), REDRAW_AT_LEAST_EVERY))
 
     def _keep(self):

@@ -75,6 +75,17 @@ def test_hectic_hands_leave_one_run_or_none(live):
     wait_for(lambda: not ranks() and threading.active_count() <= before)
 
 
+def test_a_picture_that_cannot_be_drawn_is_said_in_the_panel(live):
+    def broken(axes):
+        raise KeyError("no such curve")
+
+    live.draw = broken
+    live.run()
+    live.wait()
+    assert "cannot draw" in live.status.value and "no such curve" in live.status.value
+    assert not live.run_button.disabled and live.stop_button.disabled
+
+
 def test_what_this_machine_cannot_run_is_said_in_the_panel(live):
     live.base = live.base.but(data="synthetic", images=32, batch_size=16)      # the slider asks for batches of 64
     live.run()
