@@ -4,7 +4,6 @@ import gzip
 import os
 import shutil
 import tarfile
-import warnings
 import zlib
 from dataclasses import dataclass
 from itertools import islice
@@ -170,11 +169,9 @@ def train_loader(recipe, dataset, rank=0, world=1, **limits):
     own = torch.Generator().manual_seed(recipe.seed)      # loader workers that persist would draw once, others once an epoch
     common = dict(num_workers=recipe.loader_workers, generator=own, pin_memory=recipe.device == "cuda",
                   persistent_workers=recipe.loader_workers > 0)
-    with warnings.catch_warnings():         # more loader workers than cores: to see what that does may be the lesson
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        if recipe.loader == "batch":        # the sampler's list of indices goes to the tensors as one index
-            return DataLoader(_WholeBatches(dataset), sampler=batches, batch_size=None, **common)
-        return DataLoader(dataset, batch_sampler=batches, **common)
+    if recipe.loader == "batch":        # the sampler's list of indices goes to the tensors as one index
+        return DataLoader(_WholeBatches(dataset), sampler=batches, batch_size=None, **common)
+    return DataLoader(dataset, batch_sampler=batches, **common)
 
 
 def shifts(seed, most=2):

@@ -246,7 +246,9 @@ class Training(Panel):
         self.base, self.runs, self.events = base, {}, []
         sliders = {name: slider(name, values, getattr(base, name)) for name, values in vary.items()}
         self.fresh, self.one_each, self.told = False, draw, []
-        super().__init__(sliders, self._work, self._take, self._draw, Picture(len(draw)), why=self._why, **options)
+        picture = Picture(len(draw))
+        picture.figure.subplots_adjust(wspace=0.36 if plot.where_time_goes in draw else 0.2)        # whose rows have names
+        super().__init__(sliders, self._work, self._take, self._draw, picture, why=self._why, **options)
 
     @property
     def recipe(self):

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -118,6 +119,7 @@ def backend(recipe, local_world):
 
 def _settle(local_rank, local_world):
     """On its own cores, with as many threads; numpy's random numbers its own, for forked ranks would all draw the same."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")        # more loader workers than cores: to see what that does may be the lesson
     threads = max(1, machine.cores() // local_world)      # asked before pinning, which changes the answer
     speed.pin(local_rank, local_world)
     torch.set_num_threads(threads)
