@@ -101,6 +101,21 @@ def run_all(page, timeout=120):
     }""", timeout=timeout * 1000)
 
 
+def run_until(page, words, timeout=120):
+    """Run all cells up to the first whose source has these words, and that one too."""
+    page.evaluate("""async words => {
+        const notebook = window.jupyterapp.shell.currentWidget.content;
+        window.reached = notebook.widgets.findIndex(cell => cell.model.type === 'code' && cell.model.sharedModel.getSource().includes(words));
+        notebook.activeCellIndex = window.reached + 1;
+        window.jupyterapp.commands.execute('notebook:run-all-above');
+    }""", words)
+    page.wait_for_function("""() => {
+        const notebook = window.jupyterapp.shell.currentWidget.content;
+        return window.reached >= 0 && notebook.widgets[window.reached].model.executionCount
+            && window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.status === 'idle';
+    }""", timeout=timeout * 1000)
+
+
 def saved_notebook(page, lab, name):
     """The notebook as JupyterLab saves it."""
     page.evaluate("() => { window.saved = false; window.jupyterapp.commands.execute('docmanager:save').then(() => { window.saved = true; }); }")

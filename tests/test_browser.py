@@ -5,7 +5,8 @@ import io
 import time
 
 import psutil
-from conftest import run_all, saved_notebook
+import pytest
+from conftest import run_all, run_until, saved_notebook
 from PIL import Image
 
 
@@ -96,6 +97,38 @@ def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_its_points(lab,
     assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]").count() == 0
 
 
+@pytest.mark.parametrize("name, endless, slider, keys", [
+    ("05_parallel_loading", ("steps=14 if quick", "steps=4000 if quick"), "loader-workers", ["ArrowRight", "ArrowRight"]),
+    ("07_mixed_precision", ("else 4, epochs=1 if quick", "else 4000, epochs=1 if quick"), "memory-format", ["ArrowRight"]),
+    ("08_operator_fusion", ("steps=steps, threads=1", "steps=4000, threads=1"), "compiler", ["ArrowRight"])])
+def test_the_panel_of_a_lesson_runs_follows_its_slider_stops_and_says_why(lab, open_lesson, name, endless, slider, keys):
+    lesson = lab["root"] / f"{name}.ipynb"
+    quick = lesson.read_text().replace('\\"CNNLAB_QUICK\\" in os.environ', "True")
+    assert endless[0] in quick
+    lesson.write_text(quick.replace(*endless))
+    page = open_lesson(lesson.name)
+    run_until(page, "panel.Training(", 200)
+    panel = page.locator(".cnnlab-panel").last
+    panel.scroll_into_view_if_needed()
+    before = picture(panel)
+    panel.locator(".cnnlab-run").click()
+    status(panel, "step ", "images/s")
+    for key in keys:
+        before = changed(panel, before)
+        panel.locator(f".cnnlab-{slider} .noUi-handle").press(key)      # a moved slider trains anew
+        status(panel, "step ", "images/s", seconds=120)                 # torch.compile compiles first
+    changed(panel, before)
+    panel.locator(".cnnlab-stop").click()
+    status(panel, "Stopped")
+    kernel_answers(page)
+    assert not ranks_alive()
+    if name.startswith("05"):
+        panel.locator(".cnnlab-why").click()
+        page.wait_for_function("() => document.querySelector('.cnnlab-reason pre')", timeout=120_000)
+        assert "Most of a step is" in panel.locator(".cnnlab-reason").inner_text()
+    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]").count() == 0
+
+
 def test_a_prediction_is_kept_and_cannot_be_changed(open_lesson):
     page = open_lesson("00_start_here.ipynb")
     run_all(page)
@@ -106,8 +139,6 @@ def test_a_prediction_is_kept_and_cannot_be_changed(open_lesson):
     prediction.get_by_text("Your prediction").wait_for(timeout=10_000)
     assert prediction.locator("input").is_disabled()
     assert "3.5" in prediction.inner_text()
-
-
 
 
 def picture(panel):
