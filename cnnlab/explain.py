@@ -79,8 +79,8 @@ class Comparison:
         ratio = self.b.images_per_s / self.a.images_per_s
         verb = "saves" if gains[main] > 0 else "costs"
         return (f"A: {self.a}\n\nB ({legend(self.a.recipe, self.b.recipe)}): {self.b}\n\nB trains {ratio:.2f} times as many images/s as A. "
-                f"An image takes {1e6 / self.a.images_per_s:,.0f} microseconds in A, {1e6 / self.b.images_per_s:,.0f} in B; the largest part of "
-                f"the difference is {PARTS[main]}: B {verb} {abs(gains[main]):,.0f}.")
+                f"An image takes {1e6 / self.a.images_per_s:,.0f} microseconds in A, {1e6 / self.b.images_per_s:,.0f} in B.\n"
+                f"What changed most is {PARTS[main]}: B {verb} {abs(gains[main]):,.0f} microseconds an image.")
 
 
 def explain(a, b=None, repeats=3, stop=None):

@@ -246,8 +246,9 @@ class Training(Panel):
         self.base, self.runs, self.events = base, {}, []
         sliders = {name: slider(name, values, getattr(base, name)) for name, values in vary.items()}
         self.fresh, self.one_each, self.told = False, draw, []
-        picture = Picture(len(draw))
-        picture.figure.subplots_adjust(wspace=0.36 if plot.where_time_goes in draw else 0.2)        # whose rows have names
+        named = plot.where_time_goes in draw           # its rows need room for their names
+        picture = Picture(len(draw), (9.4, 3.1) if named else (8.0, 3.1))
+        picture.figure.subplots_adjust(wspace=0.42 if named else 0.2)
         super().__init__(sliders, self._work, self._take, self._draw, picture, why=self._why, **options)
 
     @property

@@ -51,7 +51,7 @@ def throughput(ax, runs):
     for number, (label, events) in enumerate(runs.items()):
         progress = [e for e in events if isinstance(e, Progress) and e.rank == 0 and not e.warming_up]
         rates = [e.images_per_s for e in progress]
-        _curve(ax, f"{number}", [e.seconds for e in progress], rates, color=COLOURS[number % len(COLOURS)], linewidth=1.5, label=label)
+        _curve(ax, f"{number}", [e.seconds for e in progress], rates, color=COLOURS[number % len(COLOURS)], linewidth=1.5, marker=".", label=label)
         highest = max([highest, *rates])
     _frame(ax, "images/s", "seconds of training", runs)
     ax.set_ylim(0, _round_up(1.1 * highest))
