@@ -129,6 +129,31 @@ def test_the_panel_of_a_lesson_runs_follows_its_slider_stops_and_says_why(lab, o
     assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]").count() == 0
 
 
+@pytest.mark.parametrize("name, cell, slider, ended", [
+    ("04_kinds_of_parallelism", "crowds = panel.Panel(", "workers", " times "),
+    ("09_whole_program", "class Race(", "batch", "fastest here")])
+def test_the_race_of_a_lesson_follows_its_slider_and_stops(lab, open_lesson, name, cell, slider, ended):
+    lesson = lab["root"] / f"{name}.ipynb"
+    quick = lesson.read_text().replace('\\"CNNLAB_QUICK\\" in os.environ', "True")
+    lesson.write_text(quick.replace("2 if quick else 5, stop)", "500, stop)"))      # no race with the end of lesson 04's
+    page = open_lesson(lesson.name)
+    run_until(page, cell, 240)
+    panel = page.locator(".cnnlab-panel").last
+    panel.scroll_into_view_if_needed()
+    before = picture(panel)
+    panel.locator(".cnnlab-run").click()
+    before = changed(panel, before, 120)
+    status(panel, ended.strip(), seconds=180)
+    panel.locator(f".cnnlab-{slider} .noUi-handle").press("ArrowLeft")
+    changed(panel, before, 120)
+    panel.locator(".cnnlab-run").click()
+    panel.locator(".cnnlab-stop").click()
+    status(panel, "Stopped")
+    kernel_answers(page)
+    assert not ranks_alive()
+    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]").count() == 0
+
+
 def test_a_prediction_is_kept_and_cannot_be_changed(open_lesson):
     page = open_lesson("00_start_here.ipynb")
     run_all(page)
