@@ -647,11 +647,14 @@ def test_an_interrupted_command_line_leaves_no_rank(tmp_path):
     words = [sys.executable, "-m", "cnnlab", "train", "--data", "synthetic", "--epochs", "1000000", "--replicas", "2", "--threads", "1", "--record", str(tmp_path)]
     command = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                env={**os.environ, "TMPDIR": str(tmp_path)})
-    assert "2 ranks" in command.stdout.readline()
-    time.sleep(1)
-    below = psutil.Process(command.pid).children(recursive=True)
-    os.killpg(command.pid, signal.SIGINT)       # as Ctrl-C does
-    _, said = command.communicate(timeout=20)
+    try:
+        assert "2 ranks" in command.stdout.readline()
+        time.sleep(1)
+        below = psutil.Process(command.pid).children(recursive=True)
+        os.killpg(command.pid, signal.SIGINT)       # as Ctrl-C does
+        _, said = command.communicate(timeout=20)
+    finally:
+        command.kill()
     assert command.returncode == 130 and "interrupted" in said and "Traceback" not in said
     until(lambda: not alive(below), "ranks are left")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("cnnlab-")] == []
