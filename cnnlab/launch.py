@@ -129,6 +129,11 @@ def prewarm():
             os.environ.pop(name, None)          # another thread may have been here too
 
 
+def _settings():
+    """Where data are: the process that ranks are forked from may be older than these variables."""
+    return {name: os.environ[name] for name in ("CNNLAB_DATA", "CNNLAB_MIRROR") if name in os.environ}
+
+
 def start_method():
     return "forkserver" if sys.platform == "linux" else "spawn"
 
@@ -151,7 +156,7 @@ class _Ranks:
         self.folder = Path(_short_folder())
         try:
             cells = {name: (entry[0], None, *entry[2:]) for name, entry in list(linecache.cache.items()) if len(entry) == 4 and not os.path.exists(name)}
-            self.job = cloudpickle.dumps({"call": cloudpickle.dumps((function, args)), "env": dict(env or {}), "cells": cells, "backend": backend,
+            self.job = cloudpickle.dumps({"call": cloudpickle.dumps((function, args)), "env": {**_settings(), **(env or {})}, "cells": cells, "backend": backend,
                                           "folder": str(self.folder), "timeout": TIMEOUT})
             self.listener = Listener(str(self.folder / "socket") if hasattr(os, "fork") else None, backlog=world)
         except BaseException:

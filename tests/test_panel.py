@@ -140,7 +140,8 @@ def test_a_prediction_counts_once_it_is_made():
 
 
 def ranks():
-    servers = [process for process in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(process.cmdline())]
+    servers = [process for process in psutil.Process().children()
+               if process.status() != psutil.STATUS_ZOMBIE and "multiprocessing.forkserver" in " ".join(process.cmdline())]
     return [child for server in servers for child in server.children()]
 
 

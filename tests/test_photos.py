@@ -11,7 +11,7 @@ from PIL import Image
 
 from cnnlab import data, photos, plot
 from cnnlab.events import Evaluated, Finished
-from cnnlab.launch import run
+from cnnlab.launch import ranks, run
 from cnnlab.recipe import Recipe, Refused
 
 FEW = Recipe(data="photos", images=96, image_size=32, batch_size=12, epochs=2, threads=1)
@@ -122,3 +122,10 @@ def test_the_command_line_trains_on_photographs(cache):
     command = [sys.executable, "-m", "cnnlab", "train", "--data", "photos", "--images", "96", "--batch-size", "12", "--augment", "crop", "--loader-workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "84 images to train on, 12 held out" in done.stdout
+
+
+def test_ranks_read_the_data_folder_that_is_set_now(tmp_path, monkeypatch):
+    """The process that they are forked from has been there for long."""
+    list(run(Recipe(batch_size=64, steps=3)))
+    monkeypatch.setenv("CNNLAB_DATA", str(tmp_path))
+    assert ranks(lambda: str(data.photo_folder(8, size=32)), 1) == [str(tmp_path / "photos-8-32")]

@@ -12,14 +12,11 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 HIDDEN = ("numba", "tbb", "pyopencl", "mpi4py", "triton", "jax", "jaxlib")
 SITE = f"""
-import socket, sys
+import socket
+from importlib.machinery import PathFinder
 
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {HIDDEN}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Hidden())
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: None if name.partition(".")[0] in {HIDDEN} else find(name, path, target)
 connect = socket.socket.connect
 
 def at_home(self, address):
@@ -35,7 +32,7 @@ SAID = {  # words that must stand in the outputs of a lesson
     "06": ["GPU"],
     "07": ["GPU"],
     "08": ["C++ compiler|g\\+\\+", "GPU"],
-    "09": ["jax", "g\\+\\+"],
+    "09": ["JAX is not installed", "g\\+\\+"],
 }
 
 
