@@ -334,7 +334,7 @@ def test_two_agents_at_127_0_0_1_train_where_there_are_no_virtual_hosts(start, t
 
 # Slurm
 
-SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "host[0-1]"}
+SLURM = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "host[0-1]"}
 
 
 def slurm(folder, srun, first_host):
@@ -355,7 +355,7 @@ def test_the_slurm_script_trains(tmp_path, nodes):
     done = subprocess.run(["bash", FOLDER / "train.sbatch", tmp_path / "recipe.json", tmp_path], env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(recorded(tmp_path)) == pytest.approx(losses(list(launch.run(DIGITS.but(replicas=2)))), abs=1e-6)
-    assert (tmp_path / "checkpoints-4711" / "step-00000020").is_dir()
+    assert (tmp_path / f"checkpoints-{os.getpid()}" / "step-00000020").is_dir()
 
 
 def test_the_slurm_script_asks_for_what_it_needs():
