@@ -122,6 +122,8 @@ def ladder(options):
     for path in filter(None, (options.json, options.png, options.record and options.record / "ladder.json")):
         record.check_writable(path)         # before the work, not after it
     rungs, impossible = techniques(describe())
+    if options.quick and rungs.pop("compiled except pooling", None):
+        impossible["compiled except pooling"] = "--quick compiles once only; without it, this rung is tried, too"
     found = {}
     with tqdm(total=len(rungs), unit="rung", file=sys.stderr) as bar:
         for rung in climb(recipe, rungs, repeats):

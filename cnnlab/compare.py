@@ -7,7 +7,7 @@ import numpy as np
 from .events import Finished
 from .recipe import Recipe, Refused, changes
 
-TECHNIQUES = ("device", "threads", "loader", "loader_workers", "precision", "memory_format", "compiler", "replicas", "strategy", "compression",
+TECHNIQUES = ("device", "threads", "loader", "loader_workers", "precision", "memory_format", "pooling", "compiler", "replicas", "strategy", "compression",
               "bucket_mb", "accumulate", "sync_every", "staleness")
 
 
@@ -82,9 +82,12 @@ def speedup(baseline, other, paired=True):
 
 
 def unfair(recipes, technique=TECHNIQUES):
-    """What differs among the recipes beside the technique's fields: {field: its values}. Empty for a fair comparison."""
+    """What differs among the recipes beside the technique's fields: {field: its values}. Empty for a fair comparison.
+
+    Whether they evaluate is no difference: that is not timed.
+    """
     first, *others = recipes
-    names = {name: None for other in others for name in changes(first, other) if name not in technique}   # in order, once
+    names = {name: None for other in others for name in changes(first, other) if name not in (*technique, "evaluate")}   # in order, once
     return {name: list(dict.fromkeys(getattr(recipe, name) for recipe in recipes)) for name in names}
 
 
@@ -106,11 +109,10 @@ def measure(recipes, repeats=5, technique=TECHNIQUES, even_if_unfair=False, stop
     found = {name: Measurement(name=name, recipe=recipe) for name, recipe in recipes.items()}
     for repeat in range(repeats):
         for name, recipe in recipes.items():
-            finished = [event for event in run(recipe.but(evaluate=recipe.evaluate and repeat == 0), stop, env)
-                        if isinstance(event, Finished)]
-            if not finished:                # stopped
+            end = slowest(run(recipe.but(evaluate=recipe.evaluate and repeat == 0), stop, env))
+            if end is None:                 # stopped
                 return
-            found[name] = found[name].add(slowest(finished))
+            found[name] = found[name].add(end)
             yield dict(found)
 
 
@@ -122,9 +124,9 @@ def measured(recipes, repeats=5, **options):
     return list(bar)[-1]
 
 
-def slowest(finished):
-    """Of the ranks' `Finished` events that of the slowest: a run is as fast as the last of its ranks."""
-    return min(finished, key=lambda event: event.images_per_s)
+def slowest(events):
+    """Of the ranks' `Finished` events that of the slowest, for a run is as fast as the last of its ranks; None where the run was stopped."""
+    return min((event for event in events if isinstance(event, Finished)), key=lambda event: event.images_per_s, default=None)
 
 
 def table(measurements, baseline=None):

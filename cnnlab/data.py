@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
 
-from .photos import PHOTOGRAPHS, Photos, parts, photo_folder
+from .photos import PHOTOGRAPHS, Photos, data_folder, parts, photo_folder
 from .recipe import Refused
 
 DIGITS = tuple("0123456789")
@@ -169,7 +169,7 @@ def train_loader(recipe, dataset, rank=0, world=1, **limits):
     own = torch.Generator().manual_seed(recipe.seed)      # loader workers that persist would draw once, others once an epoch
     common = dict(num_workers=recipe.loader_workers, generator=own, pin_memory=recipe.device == "cuda",
                   persistent_workers=recipe.loader_workers > 0)
-    if recipe.loader == "batch":        # the sampler's list of indices goes to the tensors as one index
+    if recipe.loader == "batch" and not isinstance(dataset, Photos):    # the list of indices goes to the tensors as one index; files come one by one
         return DataLoader(_WholeBatches(dataset), sampler=batches, batch_size=None, **common)
     return DataLoader(dataset, batch_sampler=batches, **common)
 
@@ -187,7 +187,7 @@ def shifted(images, shift):
 
 
 class _WholeBatches(Dataset):
-    """Lets one index stand for a whole batch: dataset[[3, 1, 4]] is three images and three labels. Files still come one by one."""
+    """Lets one index stand for a whole batch: dataset[[3, 1, 4]] is three images and three labels."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -196,8 +196,6 @@ class _WholeBatches(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, indices):
-        if isinstance(self.dataset, Photos):
-            return default_collate([self.dataset[index] for index in indices])
         return self.dataset[torch.as_tensor(indices)]
 
 
@@ -218,7 +216,7 @@ def fetch(data, name):
     import requests
 
     checksum = {**FASHION_FILES, **CIFAR_FILES}[name]
-    folder = Path(os.environ.get("CNNLAB_DATA") or pooch.os_cache("cnnlab")) / data
+    folder = data_folder() / data
     own = os.environ.get("CNNLAB_MIRROR")
     reasons = []
     for mirror in (*([own] if own else []), *MIRRORS[data]):

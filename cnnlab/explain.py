@@ -7,7 +7,7 @@ import numpy as np
 
 from . import machine
 from .compare import slowest
-from .events import Finished, Progress
+from .events import Progress
 from .recipe import Recipe, legend
 
 STEPS = 10               # that are timed and profiled
@@ -94,7 +94,7 @@ def explain(a, b=None, repeats=3, stop=None):
     ends = [[] for _ in recipes]
     for _ in range(repeats):
         for recipe, found in zip(recipes, ends):
-            found.append(slowest_of(run(recipe, stop)))
+            found.append(slowest(run(recipe, stop)))
             if found[-1] is None:
                 return None
     found = [explained(recipe, end, profile) for recipe, end in zip(recipes, ends)
@@ -102,12 +102,6 @@ def explain(a, b=None, repeats=3, stop=None):
     if len(found) < len(recipes):
         return None
     return found[0] if b is None else Comparison(a=found[0], b=found[1])
-
-
-def slowest_of(events):
-    """The `Finished` event of the slowest rank; None where the run was stopped."""
-    finished = [event for event in events if isinstance(event, Finished)]
-    return slowest(finished) if finished else None
 
 
 def alone(recipe):

@@ -53,13 +53,15 @@ def techniques(machine):
         "channels_last": {"memory_format": "channels_last"},
         "whole-batch loader": {"loader": "batch"},
         "bf16": {"precision": "bf16"},
+        "pooling before ReLU": {"pooling": "before-relu"},
         AGAIN + "channels_last": {"memory_format": "channels_last"},
         "torch.compile": machine.compiler and {"compiler": "inductor"},
         "compiled except pooling": machine.compiler and {"compiler": "inductor-except-pool"},
         **(gpu or {"GPU": None}),
         "replicas": (machine.cores > 1 and not machine.gpus or len(machine.gpus) > 1) and {"replicas": replicas, "threads": None},
     }
-    why_not = {"threads": "this process may use one core only", "torch.compile": machine.missing.get("C++ compiler"), "compiled except pooling": machine.missing.get("C++ compiler"),
+    no_compiler = machine.missing.get("C++ compiler")
+    why_not = {"threads": "this process may use one core only", "torch.compile": no_compiler, "compiled except pooling": no_compiler,
                "GPU": machine.missing.get("NVIDIA GPU"),
                "replicas": machine.missing.get("second GPU") if machine.gpus else "this process may use one core only"}
     return ({name: change for name, change in rungs.items() if change},
@@ -69,7 +71,7 @@ def techniques(machine):
 def ground(recipe):
     """The naive baseline of a recipe: the same work with one thread, fp32, eager, one process, sample by sample, on the CPU."""
     return recipe.but(device="cpu", threads=1, loader="sample", loader_workers=0, precision="fp32", memory_format="contiguous",
-                      compiler="eager", replicas=1)
+                      pooling="after-relu", compiler="eager", replicas=1)
 
 
 def climb(recipe, rungs, repeats=5, seconds=4.0, stop=None):
@@ -114,12 +116,14 @@ def _tried(rung, below, baseline, often, options):
     When this rung's rank fails, the rung says so at the end; when those fail that have run before, `RankError` is raised.
     """
     yield rung, baseline
+    known, before = below.measurement.accuracy is not None, baseline.measurement
+    again = below.recipe.but(evaluate=False) if known else below.recipe
     if below.name != "baseline":
-        for found in measure({"baseline": baseline.recipe.but(evaluate=False)}, 1, **options):      # its accuracy is known
-            baseline = replace(baseline, measurement=_more(baseline.measurement, found["baseline"]))
+        for found in measure({"baseline": baseline.recipe.but(evaluate=False)}, 1, **options):
+            baseline = replace(baseline, measurement=_more(before, found["baseline"]))
     try:
-        for pair in measure({below.name: below.recipe, rung.name: rung.recipe}, often, **options):
-            baseline = replace(baseline, measurement=pair["baseline"]) if below.name == "baseline" else baseline
+        for pair in measure({below.name: again, rung.name: rung.recipe}, often, **options):
+            baseline = replace(baseline, measurement=_more(before, pair["baseline"])) if below.name == "baseline" else baseline
             rung = _judged(replace(rung, measurement=pair[rung.name]), baseline.measurement, pair[below.name])
             yield rung, baseline
     except RankError as error:
@@ -160,4 +164,4 @@ def _judged(rung, baseline=None, below=None):
 
 def _more(measurement, other):
     """A measurement with the repeats of another of the same recipe added."""
-    return replace(measurement, images_per_s=measurement.images_per_s + other.images_per_s)
+    return replace(measurement if measurement.images_per_s else other, images_per_s=measurement.images_per_s + other.images_per_s)

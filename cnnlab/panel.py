@@ -1,238 +1,17 @@
-"""Controls that make a recipe, and the live board: press Run, watch real training, move a slider, press Stop.
-
-The cell that shows a panel returns at once. Training runs in other processes; one thread takes in what they say,
-another draws, at most three times a second. Buttons and sliders only set events, so that they answer at once.
-"""
-
-import base64
-import io
-import os
-import re
-import threading
-import time
-import traceback
+"""Panels: controls that make a recipe, and what comes of it live. Press Run, watch real training, move a slider, press Stop."""
 
 import ipywidgets as widgets
-import numpy as np
-from IPython.display import publish_display_data
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from . import explain, launch, machine, plot
+from . import launch, machine, plot
+from .board import Panel, Picture, escaped, slider
 from .compare import Measurement, slowest, speedup
 from .events import Finished, Progress, Started
 from .ladder import climb as climb_ladder
 from .ladder import result, techniques
-from .recipe import Refused, legend
+from .recipe import legend
 from .scaling import amdahl, fit_serial, gustafson
 
-REDRAW_EVERY = 0.3       # seconds, at least ...
-REDRAW_AT_LEAST_EVERY = 1.5
-REDRAW_SHARE = 0.01      # ... and longer where drawing would take more than this share of a core from the training
-NO_LIMIT = "no limit"    # what a slider shows where the recipe has None
 EARLIER_RUNS = 4         # how many stay on the plot for comparison
-
-
-class Picture:
-    """A matplotlib figure as PNG bytes. While nothing but the points of lines changes, only the lines are drawn."""
-
-    def __init__(self, axes=2, size=(8.0, 3.1), dpi=100):
-        self.figure = Figure(figsize=size, dpi=dpi)
-        self.canvas = FigureCanvasAgg(self.figure)
-        self.axes = self.figure.subplots(1, axes, squeeze=False)[0]
-        self.figure.subplots_adjust(left=0.07, right=0.98, bottom=0.16, top=0.9, wspace=0.2)
-        self.drawn, self.background = None, None
-
-    def png(self, draw):
-        """Call draw(axes), then render."""
-        draw(self.axes)
-        frame = [(ax.get_xlim(), ax.get_ylim(), len(ax.lines), [*ax.patches, *ax.texts, ax.get_legend()]) for ax in self.axes]
-        lines = [line for ax in self.axes for line in ax.lines]
-        if frame != self.drawn:
-            for line in lines:
-                line.set_animated(True)
-            self.canvas.draw()
-            self.background, self.drawn = self.canvas.copy_from_bbox(self.figure.bbox), frame
-        else:
-            self.canvas.restore_region(self.background)
-        for line in lines:
-            line.axes.draw_artist(line)
-        return self._encoded(compress_level=1)
-
-    def final(self, scale=2):
-        """The same picture once more, at twice the resolution: for the saved notebook."""
-        buffer = io.BytesIO()
-        for line in (line for ax in self.axes for line in ax.lines):
-            line.set_animated(False)
-        self.figure.savefig(buffer, format="png", dpi=scale * self.figure.dpi)
-        self.drawn = None
-        return buffer.getvalue()
-
-    def _encoded(self, compress_level):
-        from PIL import Image
-
-        buffer = io.BytesIO()
-        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(buffer, "png", compress_level=compress_level)
-        return buffer.getvalue()
-
-
-class Panel(widgets.VBox):
-    """Controls, Run and Stop, a line that says what happens, and a picture.
-
-    `controls`: {name: widget}. `work(values, stop)` is a generator that does the work until it ends or the event
-    `stop` is set; each thing that it yields goes to `take(thing)`, which returns (share done, a line of text), or
-    None when there is nothing to say. `draw(axes)` draws what has been taken in. With `follow`, moving a control
-    while a run is on, or after one, starts anew with the new value. `why(stop)`, where given, is what the button Why shows: a text.
-
-    Where CNNLAB_UNATTENDED is set (tests, exports: nobody is there to press Run) showing the panel runs it to its end.
-    """
-
-    def __init__(self, controls, work, take, draw, picture, follow=True, hint="Press Run.", why=None):
-        self.controls, self.work, self.take, self.draw, self.picture, self.why = controls, work, take, draw, picture, why
-        self.lock, self.stop_event, self.thread, self.handle = threading.Lock(), threading.Event(), None, None
-        self.changed, self.started, self.said = threading.Event(), False, 0.0
-        self.run_button = widgets.Button(description="Run", icon="play", button_style="primary", layout={"width": "90px"})
-        self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True, layout={"width": "90px"})
-        self.why_button = widgets.Button(description="Why", icon="question", disabled=True, layout={"width": "90px"})
-        self.reason = widgets.HTML()
-        self.bar = widgets.FloatProgress(min=0, max=1, layout={"width": "160px"})
-        self.status = widgets.HTML(hint)
-        self.image = widgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
-        self.image.width = int(picture.figure.get_figwidth() * picture.figure.dpi)
-        self.image.value = picture.png(draw)
-        self.run_button.on_click(self.run)
-        self.stop_button.on_click(self.stop)
-        self.why_button.on_click(self.explain)
-        if follow:
-            for control in controls.values():
-                control.observe(lambda _: self.started and self.run(), "value")
-        for widget, name in ((self.run_button, "run"), (self.stop_button, "stop"), (self.why_button, "why"), (self.reason, "reason"),
-                             (self.status, "status"), (self.image, "picture")):
-            widget.add_class(f"cnnlab-{name}")
-        for name, control in controls.items():
-            control.add_class("cnnlab-" + re.sub(r"\W+|_", "-", name))
-        top = widgets.HBox([self.run_button, self.stop_button, *([self.why_button] if why else []), self.bar, self.status])
-        rows = widgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"})
-        super().__init__([rows, top, self.image, self.reason])
-        self.add_class("cnnlab-panel")
-
-    @property
-    def values(self):
-        """{name: value} of the controls."""
-        return {name: None if control.value == NO_LIMIT else control.value for name, control in self.controls.items()}
-
-    def run(self, _=None):
-        """Start, or start anew. Returns at once."""
-        self._begin(self.work, self.take)
-
-    def explain(self, _=None):
-        """Say why the last run is as fast as it is: which resource bounds it. Returns at once."""
-        self._begin(self._explaining, lambda said: (1.0, said))
-
-    def _explaining(self, values, stop):
-        self.status.value = "profiling a few steps: some seconds; with torch.compile up to a minute ..."
-        said = self.why(stop)
-        if not stop.is_set():
-            self.reason.value = f"<pre>{_escaped(said)}</pre>"
-            yield "the reason is below the picture"
-
-    def _begin(self, work, take):
-        with self.lock:
-            self.stop_event.set()
-            self.stop_event, self.started = threading.Event(), True
-            self.thread = threading.Thread(target=self._supervise, args=(work, take, self.values, self.stop_event, self.thread), daemon=True)
-            self.thread.start()
-
-    def stop(self, _=None):
-        """Stop what is running. Returns at once; the processes are gone within a fraction of a second."""
-        self.stop_event.set()
-
-    def wait(self):
-        """Block until the run is over: for scripts and tests."""
-        if self.thread:
-            self.thread.join()
-
-    def _supervise(self, work, take, values, stop, before):
-        if before:
-            before.join()
-        if stop.is_set():
-            return self._rest("Stopped.", stop)
-        self.run_button.disabled = self.why_button.disabled = True
-        self.stop_button.disabled, self.bar.bar_style = False, ""
-        over = threading.Event()
-        drawer = threading.Thread(target=self._keep_drawing, args=(over,), daemon=True)
-        drawer.start()
-        last = ""
-        try:
-            self._say(0.0, "starting ...")
-            for thing in work(values, stop):
-                share, line = take(thing) or (None, last)
-                last = line
-                if share is not None:
-                    self._say(share, line)
-                    self.changed.set()
-            self.bar.bar_style = "" if stop.is_set() else "success"
-            last = "Stopped. " + last if stop.is_set() else last
-        except Refused as error:
-            last, self.bar.bar_style = f"<b>This cannot run:</b> {_escaped(error)}", "warning"
-        except launch.RankError as error:
-            last, self.bar.bar_style = f"<b>Rank {error.rank} failed:</b> {_escaped(error.error)}<pre>{_escaped(error.traceback)}</pre>", "danger"
-        except Exception:      # nobody would ever see what a thread raises
-            last, self.bar.bar_style = f"<b>The panel failed:</b><pre>{_escaped(traceback.format_exc())}</pre>", "danger"
-        over.set()
-        drawer.join()
-        try:
-            self._rest(last, stop)
-        except Exception:      # of the picture
-            self.status.value, self.bar.bar_style = f"<b>The panel cannot draw:</b><pre>{_escaped(traceback.format_exc())}</pre>", "danger"
-
-    def _rest(self, line, stop):
-        """Ready for the next Run; nothing to do when a newer run has begun already."""
-        if self.stop_event is stop:
-            self.status.value = line
-            self.run_button.disabled = self.why_button.disabled = False
-            self.stop_button.disabled = True
-            self._keep()
-
-    def _say(self, share, line):
-        """Progress, at most as often as the picture: a browser cannot take more."""
-        now = time.monotonic()
-        if share in (0.0, 1.0) or now - self.said > REDRAW_EVERY:
-            self.said, self.status.value, self.bar.value = now, line, share
-
-    def _keep_drawing(self, over):
-        while not over.is_set():
-            if not self.changed.wait(REDRAW_EVERY):
-                continue
-            self.changed.clear()
-            began = time.thread_time()
-            try:
-                self.image.value = self.picture.png(self.draw)
-            except Exception:          # the last picture, at the end, says so
-                return
-            over.wait(min(max(REDRAW_EVERY, (time.thread_time() - began) / REDRAW_SHARE), REDRAW_AT_LEAST_EVERY))
-
-    def _keep(self):
-        """Leave the last picture in the notebook as a plain image, for pages that cannot run widgets."""
-        self.picture.png(self.draw)
-        self.image.value = self.picture.final()
-        if self.handle:
-            publish_display_data(self._bundle(), self._metadata(), transient={"display_id": self.handle}, update=True)
-
-    def _bundle(self):
-        return {**super()._repr_mimebundle_(), "image/png": base64.b64encode(self.image.value).decode()}
-
-    def _metadata(self):
-        return {"image/png": {"width": self.image.width}}
-
-    def _ipython_display_(self):
-        if os.environ.get("CNNLAB_UNATTENDED"):
-            self.run()
-            self.wait()
-        else:
-            launch.prewarm()
-        self.handle = self.handle or f"cnnlab-{id(self)}"
-        publish_display_data(self._bundle(), self._metadata(), transient={"display_id": self.handle})
 
 
 class Training(Panel):
@@ -245,11 +24,11 @@ class Training(Panel):
     def __init__(self, base, vary, draw=(plot.loss, plot.accuracy), **options):
         self.base, self.runs, self.events = base, {}, []
         sliders = {name: slider(name, values, getattr(base, name)) for name, values in vary.items()}
-        self.fresh, self.one_each, self.told = False, draw, []
+        self.fresh, self.one_each = False, draw
         named = plot.where_time_goes in draw           # its rows need room for their names
         picture = Picture(len(draw), (9.4, 3.1) if named else (8.0, 3.1))
         picture.figure.subplots_adjust(wspace=0.42 if named else 0.2)
-        super().__init__(sliders, self._work, self._take, self._draw, picture, why=self._why, **options)
+        super().__init__(sliders, self._work, self._take, self._draw, picture, explains=True, **options)
 
     @property
     def recipe(self):
@@ -259,14 +38,10 @@ class Training(Panel):
         recipe = self.base.but(**values)
         label = ", ".join(f"{name}={value}" for name, value in values.items()) or legend(self.base, recipe)
         runs = {name: events for name, events in self.runs.items() if name != label}
-        self.events, self.told = [], [*(other for other in self.told if other != recipe), recipe][-2:]
+        self.events, self.compared = [], [*(other for other in self.compared if other != recipe), recipe][-2:]     # beside the one before
         self.runs = {**dict(list(runs.items())[-EARLIER_RUNS:]), label: self.events}
         self.fresh = True
         yield from launch.run(recipe, stop)
-
-    def _why(self, stop):
-        """The last recipe, beside the one before where there is one."""
-        return explain.explain(*self.told, stop=stop)
 
     def _draw(self, axes):
         if self.fresh:                         # another set of runs: begin on empty axes
@@ -305,8 +80,7 @@ class Scaling(Panel):
         controls["scaling"].style.button_width = "100px"
         picture = Picture(2, (9.4, 3.4))
         picture.figure.subplots_adjust(wspace=0.17, top=0.91, bottom=0.15)
-        self.compared = [base]
-        super().__init__(controls, self._work, self._take, self._draw, picture, why=lambda stop: explain.explain(*self.compared, stop=stop))
+        super().__init__(controls, self._work, self._take, self._draw, picture, explains=True)
 
     def _work(self, values, stop):
         """The run with so many ranks, then the baseline; both or neither become a repeat."""
@@ -384,7 +158,7 @@ class Ladder(Panel):
         picture = Picture(1, (8.0, 4.2))
         picture.figure.subplots_adjust(left=0.2, bottom=0.13, top=0.97)
         super().__init__({**boxes, "repeats": steps}, self._work, self._take, draw, picture, follow=False,
-                         hint="Choose rungs, then press Run. " + _escaped("; ".join(f"no {name}" for name in self.impossible)))
+                         hint="Choose rungs, then press Run. " + escaped("; ".join(f"no {name}" for name in self.impossible)))
 
     def _work(self, values, stop):
         self.rungs, self.outcome, climbed = [], None, {}
@@ -428,14 +202,6 @@ class Prediction(widgets.VBox):
         self.said.value = f"Your prediction: <b>{self.value:,.10g} {self.unit}</b>"
 
 
-def slider(name, values, value):
-    """A slider over these values, whose moves count when it is let go."""
-    value = value if value in values else values[0]
-    options = [NO_LIMIT if each is None else each for each in values]           # None would mean to the widget that nothing is chosen
-    return widgets.SelectionSlider(options=options, value=NO_LIMIT if value is None else value, description=name, continuous_update=False,
-                                   style={"description_width": "initial"}, layout={"width": "320px"})
-
-
 def told(event, started):
     """(share done, a line of text) of an event of a run, or None where there is nothing to say."""
     if isinstance(event, Progress):
@@ -456,8 +222,3 @@ def crowd(ranks, threads):
     """What to say of ranks that do not have a core for each of their threads."""
     cores = machine.cores()
     return f" &ndash; {ranks} ranks of {threads} thread{'s' * (threads > 1)} share {cores} core{'s' * (cores > 1)}" if ranks > 1 and ranks * (threads or 1) > cores else ""
-
-
-def _escaped(text):
-    import html
-    return html.escape(str(text))

@@ -67,9 +67,7 @@ def photo_folder(images, size=256):
 
     Each is a random part of the photograph, enlarged. Several processes may ask at once. Raises `Refused` when it cannot be written.
     """
-    import pooch
-
-    cache = Path(os.environ.get("CNNLAB_DATA") or pooch.os_cache("cnnlab"))
+    cache = data_folder()
     folder = cache / f"photos-{images}-{size}"
     if folder.exists():
         return folder
@@ -87,6 +85,13 @@ def photo_folder(images, size=256):
         if making:
             shutil.rmtree(making, ignore_errors=True)
     return folder
+
+
+def data_folder():
+    """Where downloads and photographs are kept: CNNLAB_DATA, or the user's cache folder."""
+    import pooch
+
+    return Path(os.environ.get("CNNLAB_DATA") or pooch.os_cache("cnnlab"))
 
 
 def _make(folder, images, size):

@@ -77,18 +77,13 @@ def timeline(ax, runs):
         x = [1000 * (time - since) for _, begin, end in spans for time in (begin, end, np.nan)]
         y = [row for row, _, _ in spans for _ in range(3)]
         _curve(ax, phase, x, y, color=colour, linewidth=(30 if shared else 90) / max(world, 3), solid_capstyle="butt", label="" if phase == "exposed" else phase)
-    width, shown = 1000 * max(until - since, 0.001), ax.get_xlim()[1] if ax.get_legend() else 0
-    if not width <= shown <= 3 * width:        # limits stay while they fit: a live picture is then drawn faster
-        ax.set_xlim(0, _round_up(1.1 * width))
+    _fit(ax, 1000 * max(until - since, 0.001), 1.1)
     ax.set_ylim(world - 0.3, -1.1)             # room above for the legend
     if len(ax.get_yticklabels()) != world or not ax.get_legend():
         ax.set_yticks(range(world), [f"rank {rank}" for rank in range(world)])
         ax.set_xlabel("milliseconds: the last steps")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8, ncols=5, loc="upper left", columnspacing=0.8, handlelength=0.8,
-                  handletextpad=0.4, borderaxespad=0)
-        for line in ax.get_legend().get_lines():
-            line.set_linewidth(6)
+        _legend_of_bars(ax, 5)
 
 
 def where_time_goes(ax, runs):
@@ -104,16 +99,12 @@ def where_time_goes(ax, runs):
         x = [at for step in steps.values() for at in (sum(step[:number]), sum(step[:number + 1]), np.nan)]
         y = [row for row, step in enumerate(steps.values()) for _ in range(3)]
         _curve(ax, part, x, y, color=colour, linewidth=min(22, 110 / max(len(steps), 1)), solid_capstyle="butt", label=part)
-    widest, shown = max((sum(step) for step in steps.values()), default=1.0), ax.get_xlim()[1] if ax.get_legend() else 0
-    if not widest <= shown <= 3 * widest:      # limits stay while they fit: a live picture is then drawn faster
-        ax.set_xlim(0, _round_up(1.15 * widest))
+    _fit(ax, max((sum(step) for step in steps.values()), default=1.0), 1.15)
     if [label.get_text() for label in ax.get_yticklabels()] != list(steps) or not ax.get_legend():
         ax.set_yticks(range(len(steps)), list(steps))
         ax.set_ylim(max(len(steps), 1) - 0.4, -1.3)          # room above for the legend
         ax.set_xlabel("milliseconds a step")
-        ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper left", columnspacing=0.8, handlelength=0.8, handletextpad=0.4, borderaxespad=0)
-        for line in ax.get_legend().get_lines():
-            line.set_linewidth(6)
+        _legend_of_bars(ax, 3)
         _plain(ax)
 
 
@@ -302,6 +293,20 @@ def _frame(ax, title, xlabel, runs):
     legend = ax.get_legend()
     if len(labels) > 1 and (legend is None or [text.get_text() for text in legend.get_texts()] != labels):
         ax.legend(frameon=False, fontsize=8, loc="best" if "loss" in title else "lower right")
+
+
+def _fit(ax, width, room):
+    """Limits for bars up to `width`, and as much room; they stay while they fit: a live picture is then drawn faster."""
+    shown = ax.get_xlim()[1] if ax.get_legend() else 0
+    if not width <= shown <= 3 * width:
+        ax.set_xlim(0, _round_up(room * width))
+
+
+def _legend_of_bars(ax, columns):
+    """A legend above bars that are thick lines; thinner in it."""
+    ax.legend(frameon=False, fontsize=8, ncols=columns, loc="upper left", columnspacing=0.8, handlelength=0.8, handletextpad=0.4, borderaxespad=0)
+    for line in ax.get_legend().get_lines():
+        line.set_linewidth(6)
 
 
 def _round_up(value):

@@ -15,6 +15,7 @@ CHOICES = {
     "loader": ("sample", "batch"),
     "precision": ("fp32", "tf32", "bf16", "fp16"),
     "memory_format": ("contiguous", "channels_last"),
+    "pooling": ("after-relu", "before-relu"),
     "compiler": ("eager", "inductor", "inductor-except-pool"),
     "strategy": (None, "ddp", "ring", "local-sgd", "async"),
     "compression": ("none", "fp16", "bf16", "powersgd"),
@@ -56,6 +57,7 @@ class Recipe:
     loader_workers: int = 0
     precision: str = "fp32"
     memory_format: str = "contiguous"
+    pooling: str = "after-relu"       # max-pooling before ReLU gives the same numbers from less work
     compiler: str = "eager"           # inductor: torch.compile; except-pool: with max-pooling left to PyTorch's own code
     replicas: int = 1                 # ranks, each with a whole copy of the model and its share of every batch
     strategy: str | None = None       # how replicas stay equal; None: ddp, and nothing where there is one replica

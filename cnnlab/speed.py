@@ -17,6 +17,8 @@ def prepare(model, recipe, device, world=1, clock=None):
     """The recipe's model, ready to train: every technique in the order in which they must be applied."""
     if world > 1:
         replicas.straggling(model, recipe)
+    if recipe.pooling == "before-relu":
+        model = pool_first(model)
     model = model.to(device)
     if recipe.memory_format == "channels_last":
         model = channels_last(model)
@@ -27,7 +29,7 @@ def prepare(model, recipe, device, world=1, clock=None):
     if recipe.strategy == "ddp" or recipe.strategy is None and world > 1:
         model = replicas.replicated(model, recipe, device, clock)
     if recipe.compiler == "inductor-except-pool":
-        model = eager_pooling(model)
+        model = opaque_pooling(model)
     if recipe.compiler != "eager":          # last: it then sees, and compiles, all of the above
         model = compiled(model)
     return model
@@ -60,9 +62,40 @@ def set_seed(seed, rank=0):
     torch.manual_seed(seed + rank)
 
 
+def pool_first(model):
+    """Max-pooling before ReLU instead of after it: ReLU keeps the order of numbers, so they are the same, and so are all gradients.
+
+    ReLU then has a quarter of the work. No compiler does this: it would have to know what a maximum is.
+    """
+    for block in model.modules():
+        if isinstance(block, torch.nn.Sequential):
+            for at in range(len(block) - 1):
+                if isinstance(block[at], torch.nn.ReLU) and isinstance(block[at + 1], torch.nn.MaxPool2d):
+                    block[at], block[at + 1] = block[at + 1], block[at]
+    return model
+
+
 def channels_last(model):
-    """Weights stored with their channels innermost, as convolutions read them. Same numbers, same shapes."""
+    """Weights stored with their channels innermost, as convolutions read them. Same numbers, same shapes.
+
+    A `Flatten` would send its gradient back with channels outermost, and each layer before it would copy it: it is laid out anew at once.
+    """
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Flatten):
+            layer.register_forward_pre_hook(lambda layer, inputs: _ChannelsLastGradient.apply(*inputs))
     return model.to(memory_format=torch.channels_last)
+
+
+class _ChannelsLastGradient(torch.autograd.Function):
+    """Changes nothing on the way forward; on the way back, only the layout."""
+
+    @staticmethod
+    def forward(ctx, images):
+        return images.view_as(images)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def autocast(recipe):
@@ -87,12 +120,38 @@ def compiled(model):
     return torch.compile(model)
 
 
-def eager_pooling(model):
-    """Max-pooling left out of what will be compiled, at the price of a cut in the graph: on CPUs PyTorch's own code is much faster."""
+def opaque_pooling(model):
+    """Max-pooling as an operation into which the compiler cannot look: on CPUs PyTorch's own code is much faster than what it would make."""
     for layer in model.modules():
         if isinstance(layer, torch.nn.MaxPool2d):
-            layer.forward = torch.compiler.disable(layer.forward)
+            layer.forward = lambda images, size=layer.kernel_size: _max_pool(images, size)[0]
     return model
+
+
+def _pooled(images: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maxima of size x size windows that do not overlap, and where they were."""
+    return torch.ops.aten.max_pool2d_with_indices(images, [size, size])
+
+
+def _unpooled(gradient: torch.Tensor, images: torch.Tensor, size: int, where: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.max_pool2d_with_indices_backward(gradient, images, [size, size], [size, size], [0, 0], [1, 1], False, where)
+
+
+def _remember(ctx, inputs, output):
+    images, ctx.size = inputs
+    ctx.save_for_backward(images, output[1])
+
+
+def _backward(ctx, gradient, _):
+    images, where = ctx.saved_tensors
+    return _max_pool_backward(gradient, images, ctx.size, where), None
+
+
+_max_pool = torch.library.custom_op("cnnlab::max_pool", _pooled, mutates_args=())
+_max_pool_backward = torch.library.custom_op("cnnlab::max_pool_backward", _unpooled, mutates_args=())
+_max_pool.register_autograd(_backward, setup_context=_remember)
+_max_pool.register_fake(_pooled)                        # shapes and layouts, for the compiler: PyTorch knows those of its own code
+_max_pool_backward.register_fake(_unpooled)
 
 
 def fence(device):

@@ -198,6 +198,22 @@ def interrupted_train(rank, world, recipe, checkpoints, step, victim, what):
     yield from train.train(recipe, rank, world, checkpoints)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch computes with one thread: tests run beside others."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def ordered(figures):
+    """Are these the figures of something timed more than once?"""
+    return 0 < figures["q1"] <= figures["median"] <= figures["q3"] and figures["n"] >= 2 and 0 < figures["returned_s"] and 0 < figures["first_s"]
+
+
 def loop_for_ever():
     while True:
         pass

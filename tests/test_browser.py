@@ -11,14 +11,7 @@ from PIL import Image
 
 
 def test_training_runs_live_follows_a_slider_and_stops(lab, open_lesson):
-    lesson = lab["root"] / "02_training_loop.ipynb"             # a run long enough that nothing below is a race with its end
-    lesson.write_text(lesson.read_text().replace("epochs=4 if quick else 20", "epochs=400"))
-    page = open_lesson("02_training_loop.ipynb")
-    run_until(page, "panel.Training(")
-    panel = page.locator(".cnnlab-panel")
-    panel.scroll_into_view_if_needed()
-    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
-
+    page, panel = panel_of(lab, open_lesson, "02_training_loop", "panel.Training(", ("epochs=4 if quick else 20", "epochs=400"))    # long: no race with its end
     first = picture(panel)
     panel.locator(".cnnlab-run").click()
     second = changed(panel, first)
@@ -32,11 +25,8 @@ def test_training_runs_live_follows_a_slider_and_stops(lab, open_lesson):
         changed(panel, before)
         status(panel, "step ")
     began = time.monotonic()
-    panel.locator(".cnnlab-stop").click()
-    status(panel, "Stopped")
-    kernel_answers(page)
+    stop(page, panel)
     assert time.monotonic() - began < 10                        # a hang limit; tests/benchmarks/stop.py times it
-    assert not ranks_alive()
 
     saved = saved_notebook(page, lab, "02_training_loop.ipynb")
     images = [output["data"]["image/png"] for cell in saved["cells"] for output in cell.get("outputs", [])
@@ -57,29 +47,18 @@ def test_the_ladder_grows_and_stops(lab, open_lesson):
     panel.locator(".cnnlab-run").click()
     second = changed(panel, first, 60)
     changed(panel, second, 60)
-    panel.locator(".cnnlab-stop").click()
-    status(panel, "Stopped")
-    kernel_answers(page)
-    assert not ranks_alive()
+    stop(page, panel)
 
 
 def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_its_points(lab, open_lesson):
-    lesson = lab["root"] / "10_data_parallel.ipynb"
-    quick = lesson.read_text().replace('\\"CNNLAB_QUICK\\" in os.environ', "True")       # smaller work, as the tests have it; but runs that last
-    assert "steps=8, threads" in quick
-    lesson.write_text(quick.replace("steps=8, threads", "steps=150, threads"))
-    page = open_lesson("10_data_parallel.ipynb")
-    run_until(page, "panel.Scaling(", 240)
-    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
-    panel = page.locator(".cnnlab-panel").first
-    panel.scroll_into_view_if_needed()
+    page, panel = panel_of(lab, open_lesson, "10_data_parallel", "panel.Scaling(", ("steps=8, threads", "steps=150, threads"))
     handle = panel.locator(".cnnlab-replicas .noUi-handle")
     handle.press("ArrowLeft")                                   # from 2 to 1; nothing runs before the first Run
 
     before = picture(panel)
     panel.locator(".cnnlab-run").click()
     status(panel, "1 rank with DDP", "times")
-    for key, ranks in (("ArrowRight", 2), ("ArrowRight", 4), ("ArrowLeft", 2)):
+    for key, ranks in (("ArrowRight", 2), ("ArrowRight", 4), ("ArrowLeft", 2), ("ArrowLeft", 1)):
         handle.press(key)                                       # a moved slider trains anew
         status(panel, f"{ranks} rank", "with DDP", "times")
         after = picture(panel)
@@ -87,14 +66,11 @@ def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_its_points(lab,
         before = after
     panel.locator(".cnnlab-run").click()
     status(panel, "step ")
-    panel.locator(".cnnlab-stop").click()
-    status(panel, "Stopped")
-    kernel_answers(page)
-    assert not ranks_alive()
+    stop(page, panel)
     panel.locator(".cnnlab-run").click()
-    status(panel, "2 ranks with DDP", "times")
+    status(panel, "1 rank with DDP", "times")
     assert not ranks_alive()
-    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]").count() == 0
+    nothing_failed(page)
 
 
 @pytest.mark.parametrize("name, endless, slider, keys", [
@@ -102,14 +78,7 @@ def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_its_points(lab,
     ("07_mixed_precision", ("else 4, epochs=1 if quick", "else 4000, epochs=1 if quick"), "memory-format", ["ArrowRight"]),
     ("08_operator_fusion", ("steps=steps, threads=1", "steps=4000, threads=1"), "compiler", ["ArrowRight"])])
 def test_the_panel_of_a_lesson_runs_follows_its_slider_stops_and_says_why(lab, open_lesson, name, endless, slider, keys):
-    lesson = lab["root"] / f"{name}.ipynb"
-    quick = lesson.read_text().replace('\\"CNNLAB_QUICK\\" in os.environ', "True")
-    assert endless[0] in quick
-    lesson.write_text(quick.replace(*endless))
-    page = open_lesson(lesson.name)
-    run_until(page, "panel.Training(", 200)
-    panel = page.locator(".cnnlab-panel").last
-    panel.scroll_into_view_if_needed()
+    page, panel = panel_of(lab, open_lesson, name, "panel.Training(", endless)
     before = picture(panel)
     panel.locator(".cnnlab-run").click()
     status(panel, "step ", "images/s")
@@ -118,24 +87,16 @@ def test_the_panel_of_a_lesson_runs_follows_its_slider_stops_and_says_why(lab, o
         panel.locator(f".cnnlab-{slider} .noUi-handle").press(key)      # a moved slider trains anew
         status(panel, "step ", "images/s", seconds=120)                 # torch.compile compiles first
     changed(panel, before)
-    panel.locator(".cnnlab-stop").click()
-    status(panel, "Stopped")
-    kernel_answers(page)
-    assert not ranks_alive()
+    stop(page, panel)
     if name.startswith("05"):
         panel.locator(".cnnlab-why").click()
         page.wait_for_function("() => document.querySelector('.cnnlab-reason pre')", timeout=120_000)
         assert "Most of a step is" in panel.locator(".cnnlab-reason").inner_text()
-    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]").count() == 0
+    nothing_failed(page)
 
 
 def test_the_race_of_lesson_09_follows_its_slider_and_stops(lab, open_lesson):
-    lesson = lab["root"] / "09_whole_program.ipynb"
-    lesson.write_text(lesson.read_text().replace('\\"CNNLAB_QUICK\\" in os.environ', "True"))
-    page = open_lesson(lesson.name)
-    run_until(page, "class Race(", 240)
-    panel = page.locator(".cnnlab-panel").last
-    panel.scroll_into_view_if_needed()
+    page, panel = panel_of(lab, open_lesson, "09_whole_program", "class Race(")
     before = picture(panel)
     panel.locator(".cnnlab-run").click()
     before = changed(panel, before, 120)
@@ -143,11 +104,8 @@ def test_the_race_of_lesson_09_follows_its_slider_and_stops(lab, open_lesson):
     panel.locator(".cnnlab-batch .noUi-handle").press("ArrowLeft")
     changed(panel, before, 120)
     panel.locator(".cnnlab-run").click()
-    panel.locator(".cnnlab-stop").click()
-    status(panel, "Stopped")
-    kernel_answers(page)
-    assert not ranks_alive()
-    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]").count() == 0
+    stop(page, panel)
+    nothing_failed(page)
 
 
 def test_a_prediction_is_kept_and_cannot_be_changed(open_lesson):
@@ -160,6 +118,34 @@ def test_a_prediction_is_kept_and_cannot_be_changed(open_lesson):
     prediction.get_by_text("Your prediction").wait_for(timeout=10_000)
     assert prediction.locator("input").is_disabled()
     assert "3.5" in prediction.inner_text()
+
+
+def panel_of(lab, open_lesson, name, cell, *changes):
+    """The lesson in its quick setting, with (old text, new text) changed, run until the cell that shows its panel: (page, panel)."""
+    lesson = lab["root"] / f"{name}.ipynb"
+    text = lesson.read_text()
+    for old, new in (('\\"CNNLAB_QUICK\\" in os.environ', "True"), *changes):
+        assert old in text
+        text = text.replace(old, new)
+    lesson.write_text(text)
+    page = open_lesson(lesson.name)
+    run_until(page, cell, 240)
+    nothing_failed(page)
+    panel = page.locator(".cnnlab-panel").last
+    panel.scroll_into_view_if_needed()
+    return page, panel
+
+
+def stop(page, panel):
+    """Press Stop: the panel says so, the kernel answers, no rank is left."""
+    panel.locator(".cnnlab-stop").click()
+    status(panel, "Stopped")
+    kernel_answers(page)
+    assert not ranks_alive()
+
+
+def nothing_failed(page):
+    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]").count() == 0
 
 
 def picture(panel):

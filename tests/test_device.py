@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import ordered
 from torch import nn
 
 from cnnlab import device, instruments, speed
@@ -11,29 +12,13 @@ from cnnlab.model import build
 from cnnlab.recipe import Recipe, Refused
 
 SMALL = Recipe(data="synthetic", images=8, batch_size=8, image_size=16, optimizer="sgd")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tests run beside others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(one_thread):
     """All of it on the CPU, small, as a reader of the file would load it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    figures = dict(device.everything("cpu", quick=True))
-    torch.set_num_threads(before)
-    return json.loads(json.dumps(figures, allow_nan=False))
-
-
-def ordered(figures):
-    return 0 < figures["q1"] <= figures["median"] <= figures["q3"] and figures["n"] >= 2 and 0 < figures["returned_s"] and 0 < figures["first_s"]
+    return json.loads(json.dumps(dict(device.everything("cpu", quick=True)), allow_nan=False))
 
 
 def test_everything_is_measured_and_nothing_failed(found):

@@ -11,7 +11,8 @@ import cnnlab
 
 FOLDER = Path(cnnlab.__file__).parent
 ORDER = ["recipe", "events", "record", "scaling", "model", "photos", "data", "machine", "replicas", "speed", "checkpoint", "train", "rank", "launch",
-         "compare", "explain", "instruments", "device", "ladder", "plot", "panel", "check", "__main__"]
+         "compare", "explain", "instruments", "device", "ladder", "plot", "board", "panel", "check", "__main__"]
+PANELS = {"board", "panel"}
 ALLOWED_UPWARD = set()       # (module, what it imports although that stands below): none
 
 
@@ -49,8 +50,8 @@ def test_imports_go_only_to_rows_above(module):
     assert below <= ALLOWED_UPWARD
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != "panel"])
-def test_only_the_panel_names_jupyter(module):
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in PANELS])
+def test_only_the_panels_name_jupyter(module):
     assert not imported(module)[1] & {"ipywidgets", "IPython", "ipykernel", "jupyterlab"}
 
 
@@ -70,8 +71,8 @@ def test_recipe_events_record_and_plot_do_without_torch():
     assert not {"torch", "ipywidgets", "IPython"} & loaded_after("import cnnlab.recipe, cnnlab.events, cnnlab.record, cnnlab.plot")
 
 
-def test_all_but_the_panel_do_without_jupyter():
-    names = ", ".join(f"cnnlab.{module}" for module in MODULES if module != "panel")
+def test_all_but_the_panels_do_without_jupyter():
+    names = ", ".join(f"cnnlab.{module}" for module in MODULES if module not in PANELS)
     assert not {"ipywidgets", "IPython", "ipykernel"} & loaded_after(f"import {names}")
 
 

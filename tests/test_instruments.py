@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import ordered
 from torch import nn
 
 from cnnlab import data, instruments
@@ -9,19 +10,7 @@ from cnnlab.model import SmallCNN
 from cnnlab.recipe import Recipe
 
 SMALL = Recipe(data="synthetic", images=8, batch_size=8, image_size=16, optimizer="sgd")
-
-
-def ordered(figures):
-    return 0 < figures["q1"] <= figures["median"] <= figures["q3"] and figures["n"] >= 2 and 0 < figures["returned_s"] and 0 < figures["first_s"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tests run beside others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_what_a_step_keeps_is_what_a_reader_counts_by_hand():

@@ -19,7 +19,8 @@ LAPTOP = replace(machine.describe(), cores=4, gpus=(), compiler="/usr/bin/g++", 
 
 def test_a_laptop_can_try_all_but_the_gpu():
     rungs, why_not = techniques(LAPTOP)
-    assert list(rungs) == ["threads", "channels_last", "whole-batch loader", "bf16", AGAIN + "channels_last", "torch.compile", "compiled except pooling", "replicas"]
+    assert list(rungs) == ["threads", "channels_last", "whole-batch loader", "bf16", "pooling before ReLU", AGAIN + "channels_last", "torch.compile",
+                           "compiled except pooling", "replicas"]
     assert rungs["threads"] == {"threads": 4}
     assert why_not == {"GPU": "none here"}
 
@@ -56,7 +57,7 @@ def test_every_technique_is_tried_or_has_a_reason(cores, gpus):
 
 
 def test_the_ground_is_the_same_work_the_plainest_way():
-    recipe = BASE.but(threads=2, precision="bf16", loader="batch", memory_format="channels_last", compiler="inductor", replicas=2, loader_workers=1)
+    recipe = BASE.but(threads=2, precision="bf16", loader="batch", memory_format="channels_last", pooling="before-relu", compiler="inductor", replicas=2, loader_workers=1)
     assert ground(recipe) == BASE.but(threads=1)
     assert ground(BASE.but(device="cuda", precision="tf32")) == BASE.but(threads=1)
 
@@ -140,6 +141,19 @@ def test_the_rung_below_and_the_candidate_run_in_turn(speeds):
 def test_every_run_does_the_same_work(speeds):
     outcomes(RUNGS)
     assert {(recipe.model, recipe.batch_size, recipe.steps, recipe.seed) for recipe, _ in speeds.asked} == {("ResNet9", 64, 3, 0)}
+
+
+def test_each_recipe_is_evaluated_once(speeds):
+    speeds.factors.update({("threads", 4): 2.0})
+    found = outcomes(RUNGS)
+    evaluated = [recipe for recipe, _ in speeds.asked if recipe.evaluate]
+    assert sorted(map(str, evaluated)) == sorted(str(rung.recipe) for rung in found.values())
+    assert all(rung.measurement.accuracy == 0.5 and rung.recipe.evaluate for rung in found.values())
+
+
+def test_the_baseline_keeps_its_runs_while_what_is_above_it_loses(speeds):
+    baseline = outcomes(RUNGS)["baseline"].measurement
+    assert len(baseline.images_per_s) == 3 * len(RUNGS) and baseline.accuracy == 0.5
 
 
 @pytest.mark.parametrize("cores, batch, replicas", [(4, 64, 4), (6, 64, 4), (12, 64, 8), (3, 64, 2), (6, 60, 6), (5, 7, 1)])

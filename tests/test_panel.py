@@ -93,6 +93,13 @@ def test_what_this_machine_cannot_run_is_said_in_the_panel(live):
     assert "larger than the data" in live.status.value and not live.run_button.disabled
 
 
+def test_where_nothing_ran_there_is_nothing_to_explain():
+    live = panel.Training(SHORT.but(replicas=2, batch_size=64), {"batch_size": [63]})          # which two ranks cannot share
+    live.run()
+    live.wait()
+    assert "cannot run" in live.status.value and live.why_button.disabled and not live.run_button.disabled
+
+
 def test_a_failed_rank_is_named_in_the_panel(live, monkeypatch):
     def run(recipe, stop):
         raise launch.RankError(1, "ValueError: no", "Traceback: <here>")
