@@ -126,7 +126,7 @@ def ladder(options):
         impossible["compiled except pooling"] = "--quick compiles once only; without it, this rung is tried, too"
     found = {}
     with tqdm(total=len(rungs), unit="rung", file=sys.stderr) as bar:
-        for rung in climb(recipe, rungs, repeats):
+        for rung in climb(recipe, rungs, repeats, seconds=0 if options.quick else 4.0):
             bar.set_description(f"{rung.name}, run {len(rung.measurement.images_per_s) + 1}")
             found[rung.name] = rung
             if rung.kept is not None and rung.name != "baseline":

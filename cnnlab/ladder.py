@@ -78,8 +78,8 @@ def climb(recipe, rungs, repeats=5, seconds=4.0, stop=None):
     """Try each of `rungs` ({name: changes}) on top of what was kept, and yield each `Rung` anew after every run of it.
 
     The rung below and the candidate run in turn, `repeats` times each, or up to three times as often where that fits
-    into `seconds`; the baseline runs once more beside each rung, so that its figure covers the whole climb. A rung
-    is kept when it beats the one below significantly.
+    into `seconds`; the baseline runs once more beside each rung, so that its figure covers the whole climb. With
+    seconds=0 there are no such further runs. A rung is kept when it beats the one below significantly.
     """
     cache = tempfile.mkdtemp(prefix="cnnlab-compiled-")     # empty: compile times are those of a first time
     options = dict(stop=stop, env={"TORCHINDUCTOR_CACHE_DIR": cache})
@@ -95,7 +95,7 @@ def climb(recipe, rungs, repeats=5, seconds=4.0, stop=None):
             if candidate == below.recipe or name.startswith(AGAIN) and name.removeprefix(AGAIN) not in lost:
                 continue
             rung, began = Rung(name=name, measurement=Measurement(name=name, recipe=candidate)), time.monotonic()
-            for rung, baseline in _tried(rung, below, baseline, often, options):
+            for rung, baseline in _tried(rung, below, baseline, often, seconds > 0, options):
                 yield baseline
                 yield rung
             if stop is not None and stop.is_set():
@@ -110,15 +110,15 @@ def climb(recipe, rungs, repeats=5, seconds=4.0, stop=None):
         shutil.rmtree(cache, ignore_errors=True)
 
 
-def _tried(rung, below, baseline, often, options):
-    """Run the rung below and this one in turn; yield (rung, baseline) at the start and after each run.
+def _tried(rung, below, baseline, often, beside, options):
+    """Run the baseline once more if it is to run `beside`, then the rung below and this one in turn; yield (rung, baseline) at the start and after each run.
 
     When this rung's rank fails, the rung says so at the end; when those fail that have run before, `RankError` is raised.
     """
     yield rung, baseline
     known, before = below.measurement.accuracy is not None, baseline.measurement
     again = below.recipe.but(evaluate=False) if known else below.recipe
-    if below.name != "baseline":
+    if beside and below.name != "baseline":
         for found in measure({"baseline": baseline.recipe.but(evaluate=False)}, 1, **options):
             baseline = replace(baseline, measurement=_more(before, found["baseline"]))
     try:

@@ -133,9 +133,15 @@ def test_a_second_chance_goes_only_to_what_lost(speeds):
 
 def test_the_rung_below_and_the_candidate_run_in_turn(speeds):
     speeds.factors.update({("threads", 4): 2.0})
-    outcomes({"threads": {"threads": 4}, "bf16": {"precision": "bf16"}})
+    list(climb(BASE, {"threads": {"threads": 4}, "bf16": {"precision": "bf16"}}, repeats=3, seconds=1e-9))
     order = [(recipe.threads, recipe.precision) for recipe, _ in speeds.asked]
     assert order == [(1, "fp32"), (4, "fp32")] * 3 + [(1, "fp32")] + [(4, "fp32"), (4, "bf16")] * 3
+
+
+def test_without_time_to_spare_nothing_runs_more_often_than_asked(speeds):
+    speeds.factors.update({("threads", 4): 2.0})
+    outcomes({"threads": {"threads": 4}, "bf16": {"precision": "bf16"}})
+    assert len(speeds.asked) == 2 * 3 + 2 * 3
 
 
 def test_every_run_does_the_same_work(speeds):

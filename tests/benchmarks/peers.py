@@ -282,7 +282,7 @@ def main():
     read.add_argument("--steps", type=int, default=20)
     read.add_argument("--repeats", type=int, default=5)
     read.add_argument("--only", nargs="+", default=list(FLAGS), choices=list(FLAGS))
-    read.add_argument("--best", default='{"loader": "batch", "precision": "bf16", "memory_format": "channels_last"}', help="cnnlab's best recipe here, as JSON")
+    read.add_argument("--best", default='{"loader": "batch", "precision": "bf16", "memory_format": "channels_last", "pooling": "before-relu"}', help="cnnlab's best recipe here, as JSON")
     read.add_argument("--json", metavar="FILE")
     read.add_argument("--peer", help=argparse.SUPPRESS)
     read.add_argument("--flags", default="default", help=argparse.SUPPRESS)
