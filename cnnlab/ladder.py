@@ -116,8 +116,8 @@ def _tried(rung, below, baseline, often, beside, options):
     When this rung's rank fails, the rung says so at the end; when those fail that have run before, `RankError` is raised.
     """
     yield rung, baseline
-    known, before = below.measurement.accuracy is not None, baseline.measurement
-    again = below.recipe.but(evaluate=False) if known else below.recipe
+    before = baseline.measurement
+    again = below.recipe.but(evaluate=below.recipe.evaluate and below.measurement.accuracy is None)       # once is enough
     if beside and below.name != "baseline":
         for found in measure({"baseline": baseline.recipe.but(evaluate=False)}, 1, **options):
             baseline = replace(baseline, measurement=_more(before, found["baseline"]))

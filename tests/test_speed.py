@@ -48,8 +48,8 @@ def test_pooling_is_left_out_of_what_is_compiled():
     pools = [str(node.target) for node in found.graphs[0].graph.nodes if "pool" in str(node.target)]
     assert pools == ["cnnlab.max_pool.default"] * 4                             # ... into whose poolings the compiler cannot look
     torch._dynamo.reset()
-    logits, expected = torch.compile(cut, backend="aot_eager")(images), copy.deepcopy(plain)(images)
-    torch.testing.assert_close(logits, expected)
+    graphs = torch.compile(cut, backend="eager")
+    assert torch.equal(graphs(images), copy.deepcopy(plain)(images))
 
 
 @pytest.mark.parametrize("build", [SmallCNN, ResNet9])
