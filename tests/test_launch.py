@@ -525,7 +525,7 @@ class Traces:
         files = [path.resolve() for path in Path("/proc/self/fd").glob("*")]      # Linux only; matplotlib keeps the fonts of up to 64 threads open
         return {"processes": len(alive(family)),
                 "sockets": sum(c.status == psutil.CONN_LISTEN for process in alive(family) for c in process.net_connections()),
-                "shared memory": sorted(name for name in shared if set(map(int, re.findall(r"\d+", name))) & self.pids),
+                "shared memory": sorted(name for name in shared if set(re.split("[._-]", name)) & set(map(str, self.pids))),
                 "threads": threading.active_count(), "file descriptors": sum(path.suffix != ".ttf" for path in files),
                 "files": sorted(os.listdir(tempfile.gettempdir()))}
 
