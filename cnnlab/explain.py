@@ -206,6 +206,7 @@ def advice(recipe, bound):
     threads = recipe.device == "cpu" and spare and (f"all {here.cores} cores", {"threads": here.cores // recipe.replicas})
     gpu = recipe.device == "cpu" and here.gpus and ("the GPU", {"device": "cuda"})
     layout = recipe.memory_format == "contiguous" and ("channels_last, the layout that convolutions read", {"memory_format": "channels_last"})
+    order = recipe.pooling == "after-relu" and ("max-pooling before ReLU: the same numbers, a quarter of ReLU's work", {"pooling": "before-relu"})
     fused = recipe.compiler == "eager" and here.compiler and ("torch.compile, which fuses operations", {"compiler": "inductor"})
     files = recipe.data == "photos"
     tries = {
@@ -213,7 +214,7 @@ def advice(recipe, bound):
                    files and ("more loader workers, as long as cores are idle", {"loader_workers": recipe.loader_workers + 1}),
                    ("doing less for each image while loading", {})],
         "arithmetic": [threads, gpu, lower, layout, ("more cores, a GPU, or more machines", {})],
-        "memory": [threads, gpu, lower, layout, fused, ("fewer passes over the data: fused or cheaper layers", {})],
+        "memory": [threads, gpu, lower, layout, order, fused, ("fewer passes over the data: fused or cheaper layers", {})],
         "launch": [fused, ("a larger batch: more work for each operation", {"batch_size": 2 * recipe.batch_size})],
         "communication": [("a larger batch: more work for each exchange", {"batch_size": 2 * recipe.batch_size})],
     }

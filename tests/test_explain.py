@@ -82,6 +82,8 @@ def test_the_largest_part_is_what_a_step_is_bound_by(bound):
     ({"data": "photos", "loader_workers": 1}, "loader", {"loader_workers": 2}),
     ({"threads": None, "precision": "bf16", "memory_format": "channels_last"}, "arithmetic", {}),
     ({"threads": None, "precision": "bf16"}, "arithmetic", {"memory_format": "channels_last"}),
+    ({"threads": None, "precision": "bf16", "memory_format": "channels_last"}, "memory", {"pooling": "before-relu"}),
+    ({"threads": None, "precision": "bf16", "memory_format": "channels_last", "pooling": "before-relu"}, "memory", {"compiler": "inductor"}),
     ({"replicas": 2}, "communication", {"batch_size": 128})], ids=str)
 def test_the_advice_is_a_change_that_the_recipe_does_not_have_yet(changes, bound, expected, monkeypatch):
     monkeypatch.setattr(machine, "describe", lambda: MACHINE)
