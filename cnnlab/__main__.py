@@ -274,6 +274,6 @@ def _record_path(folder, recipe):
 if __name__ == "__main__":
     status = main()
     if "TORCHELASTIC_RUN_ID" in os.environ:         # gloo's threads may still hold tensors: released while Python ends, they abort the process
-        sys.stdout.flush(), sys.stderr.flush()      # (pytorch issue 179291)
+        sys.stdout.flush(), sys.stderr.flush()      # (pytorch pull request 179291)
         os._exit(status)
     sys.exit(status)

@@ -332,6 +332,16 @@ def test_two_agents_at_127_0_0_1_train_where_there_are_no_virtual_hosts(start, t
     assert losses(recorded(tmp_path)) == pytest.approx(losses(list(launch.run(DIGITS.but(replicas=2)))), abs=1e-6)
 
 
+def test_a_rank_leaves_without_taking_python_apart(tmp_path):
+    """Threads of gloo may hold tensors at that time, and then abort the process, rarely (pytorch pull request 179291): here Python itself does, always."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os\natexit.register(os.abort)\n")
+    rank = {"TORCHELASTIC_RUN_ID": "test", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env = {**os.environ, **rank, "PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run([sys.executable, "-m", "cnnlab", "train", "--steps", "4"], env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0 and "images/s" in done.stdout, done.stdout + done.stderr
+
+
 # Slurm
 
 SLURM = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "host[0-1]"}
