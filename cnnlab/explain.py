@@ -202,8 +202,8 @@ def advice(recipe, bound):
     here = machine.describe()
     fast = {"precision": "bf16"} if recipe.device == "cuda" or here.hardware["bf16"] else {}
     lower = recipe.precision in ("fp32", "tf32") and fast and ("bf16: half the bytes, and matrix units where there are some", fast)
-    spare = here.cores > (recipe.threads or here.cores) * recipe.replicas
-    threads = recipe.device == "cpu" and spare and (f"all {here.cores} cores", {"threads": here.cores // recipe.replicas})
+    free = here.cores // recipe.replicas - recipe.loader_workers            # cores that a rank has for its threads
+    threads = recipe.device == "cpu" and recipe.threads and free > recipe.threads and (f"{free} threads, since cores are idle", {"threads": free})
     gpu = recipe.device == "cpu" and here.gpus and ("the GPU", {"device": "cuda"})
     layout = recipe.memory_format == "contiguous" and ("channels_last, the layout that convolutions read", {"memory_format": "channels_last"})
     order = recipe.pooling == "after-relu" and ("max-pooling before ReLU: the same numbers, a quarter of ReLU's work", {"pooling": "before-relu"})

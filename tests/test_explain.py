@@ -82,6 +82,8 @@ def test_the_largest_part_is_what_a_step_is_bound_by(bound):
     ({"data": "photos", "loader_workers": 1}, "loader", {"loader_workers": 2}),
     ({"threads": None, "precision": "bf16", "memory_format": "channels_last"}, "arithmetic", {}),
     ({"threads": None, "precision": "bf16"}, "arithmetic", {"memory_format": "channels_last"}),
+    ({"threads": 1, "precision": "bf16", "memory_format": "channels_last"}, "arithmetic", {"threads": 2}),
+    ({"threads": 1, "loader_workers": 1, "precision": "bf16", "memory_format": "channels_last"}, "arithmetic", {}),
     ({"threads": None, "precision": "bf16", "memory_format": "channels_last"}, "memory", {"pooling": "before-relu"}),
     ({"threads": None, "precision": "bf16", "memory_format": "channels_last", "pooling": "before-relu"}, "memory", {"compiler": "inductor"}),
     ({"replicas": 2}, "communication", {"batch_size": 128})], ids=str)
