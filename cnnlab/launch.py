@@ -185,8 +185,10 @@ class _Ranks:
         with self.closing:                      # who comes second waits until all is done
             if self.over.is_set():
                 return
+            family = set()
             if self.silent:
                 self.stopped.set()
+                family = _family(self.pids)
                 _kill(self.pids)
             self.over.set()
             for _ in self.readers:              # wake the readers that no rank has come to
@@ -198,6 +200,7 @@ class _Ranks:
             if self.agent.ident:                # else it was never started
                 self.agent.join(10)
             _kill(self.pids)
+            _forget(family)
             shutil.rmtree(self.folder, ignore_errors=True)
         atexit.unregister(self._close)
 
@@ -367,6 +370,23 @@ def _short_folder():
         return folder
     os.rmdir(folder)
     return tempfile.mkdtemp(prefix="cnnlab-", dir="/tmp")
+
+
+def _family(pids):
+    """The process ids of the ranks and of all that they have started: their loader workers."""
+    found = set(pids.values())
+    for process in psutil.Process().children(recursive=True):
+        with suppress(OSError):                           # already gone
+            if hasattr(os, "getpgid") and os.getpgid(process.pid) in pids.values():
+                found.add(process.pid)
+    return found
+
+
+def _forget(family):
+    """Remove the blocks of shared memory that these left, killed between torch's opening of a block and its unlinking."""
+    for block in Path("/dev/shm").glob("torch_*"):        # torch_<process id>_<random>_<number>, on Linux
+        if block.name.split("_")[1] in map(str, family):
+            block.unlink(missing_ok=True)
 
 
 def _kill(pids):

@@ -509,6 +509,23 @@ def test_a_run_works_after_the_fork_server_was_killed():
     assert ranks(int, 2) == [0, 0]
 
 
+def with_a_block(rank, world):
+    """Its worker is killed while it has a block of shared memory open that still has a name."""
+    make = "import os, time; open(f'/dev/shm/torch_{os.getpid()}_1_0', 'w').close(); print(flush=True); time.sleep(1000)"
+    worker = subprocess.Popen([sys.executable, "-c", make], stdout=subprocess.PIPE)
+    worker.stdout.readline()
+    yield worker.pid
+    loop_for_ever()
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="shared memory has no folder here")
+def test_shared_memory_of_a_killed_worker_is_removed():
+    with closing(launch.stream(with_a_block, (), 2)) as events:
+        blocks = [Path(f"/dev/shm/torch_{next(events)}_1_0") for _ in range(2)]
+        assert all(block.exists() for block in blocks)
+    assert not any(block.exists() for block in blocks)
+
+
 class Traces:
     """What this process and those below it hold: processes, listening sockets, shared memory, threads, file descriptors, files for a while."""
 
