@@ -373,11 +373,12 @@ def _short_folder():
 
 
 def _family(pids):
-    """The process ids of the ranks and of all that they have started: their loader workers."""
-    found = set(pids.values())
-    for process in psutil.Process().children(recursive=True):
+    """The process ids of the ranks and of their groups: their loader workers."""
+    ranks = set(pids.values())
+    found = set(ranks)
+    for process in psutil.Process().children(recursive=True) if hasattr(os, "getpgid") else ():
         with suppress(OSError):                           # already gone
-            if hasattr(os, "getpgid") and os.getpgid(process.pid) in pids.values():
+            if os.getpgid(process.pid) in ranks:
                 found.add(process.pid)
     return found
 
@@ -385,7 +386,7 @@ def _family(pids):
 def _forget(family):
     """Remove the blocks of shared memory that these left, killed between torch's opening of a block and its unlinking."""
     for block in Path("/dev/shm").glob("torch_*"):        # torch_<process id>_<random>_<number>, on Linux
-        if block.name.split("_")[1] in map(str, family):
+        if block.name.split("_")[1] in {str(pid) for pid in family}:
             block.unlink(missing_ok=True)
 
 

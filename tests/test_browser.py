@@ -26,7 +26,7 @@ def test_training_runs_live_follows_a_slider_and_stops(lab, open_lesson):
         status(panel, "step ")
     began = time.monotonic()
     stop(page, panel)
-    assert time.monotonic() - began < 10                        # a hang limit; tests/benchmarks/stop.py times it
+    assert time.monotonic() - began < 10                        # a hang limit; tests/benchmarks/latency.py times it
 
     saved = saved_notebook(page, lab, "02_training_loop.ipynb")
     images = [output["data"]["image/png"] for cell in saved["cells"] for output in cell.get("outputs", [])

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from conftest import alive
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from cnnlab import launch, plot, record
@@ -111,18 +112,6 @@ def start():
 def pythons(hosts):
     """The Python processes in the hosts: their command, and what it started."""
     return [process for process in alive(hosts.processes()) if process.name().startswith("python")]
-
-
-def alive(processes):
-    """Those that still run: a zombie only waits to be counted."""
-    found = []
-    for process in processes:
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.NoSuchProcess:
-            pass
-    return found
 
 
 def gone(processes, seconds=5):
