@@ -261,13 +261,9 @@ def _recipe(events):
 
 def _running_mean(values, window=10):
     """Mean over the last `window` values; over fewer at the start."""
-    values = np.asarray(values, float)
-    if not len(values):
-        return values
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    padded = np.concatenate([np.zeros(window - 1), values])
+    counts = np.minimum(np.arange(1, len(values) + 1), window)
+    return np.lib.stride_tricks.sliding_window_view(padded, window).sum(axis=1) / counts if len(values) else counts
 
 
 def _curve(ax, gid, x, y, **style):

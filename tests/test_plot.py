@@ -68,6 +68,12 @@ def test_the_mean_runs_over_the_last_ten_steps():
     assert len(plot._running_mean([])) == 0
 
 
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_one_loss_that_is_no_number_spoils_the_running_mean_for_a_window_only(bad):
+    means = plot._running_mean([1.0] * 5 + [bad] + [1.0] * 20)
+    assert not np.isfinite(means[5:15]).any() and means[:5].tolist() == [1.0] * 5 and means[15:].tolist() == [1.0] * 11
+
+
 def test_accuracy_shows_held_out_images_in_percent(ax, short_run):
     plot.accuracy(ax, {"run": short_run})
     held_out = [event for event in short_run if isinstance(event, Evaluated)]
