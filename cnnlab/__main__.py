@@ -115,16 +115,28 @@ def ladder(options):
     from .ladder import climb, result, techniques
     from .machine import describe
 
+    device = "cuda" if describe().gpus else "cpu"
+    recorded = options.record and options.record / record.file_name("ladder", describe().to_dict(), device)
     recipe = _recipe(options, {"model": "ResNet9", "learning_rate": 0.001, **(QUICK if options.quick else FULL)})
     if options.repeats is not None and options.repeats < 2:
         raise Refused(f"--repeats {options.repeats} is not allowed: a spread needs at least 2 runs.")
     repeats = options.repeats or (3 if options.quick else 5)
-    for path in filter(None, (options.json, options.png, options.record and options.record / "ladder.json")):
+    for path in filter(None, (options.json, options.png, recorded)):
         record.check_writable(path)         # before the work, not after it
     rungs, impossible = techniques(describe())
     if options.quick and rungs.pop("compiled except pooling", None):
         impossible["compiled except pooling"] = "--quick compiles once only; without it, this rung is tried, too"
+    if options.record:
+        _record_device(options.record, device, options.quick)         # checks the results, before speeds are compared
     found = {}
+
+    def save():
+        """What there is so far: whatever ends the climb, the rungs that were measured stay."""
+        outcome = result(found.values(), impossible)
+        for path in filter(None, (options.json, recorded)):
+            record.write_json(path, outcome)
+        return outcome
+
     with tqdm(total=len(rungs), unit="rung", file=sys.stderr) as bar:
         for rung in climb(recipe, rungs, repeats, seconds=0 if options.quick else 4.0):
             bar.set_description(f"{rung.name}, run {len(rung.measurement.images_per_s) + 1}")
@@ -132,22 +144,19 @@ def ladder(options):
             if rung.kept is not None and rung.name != "baseline":
                 bar.write(_line(rung), file=sys.stdout)
                 bar.update()
+                save()
     for name, reason in impossible.items():
         print(f"{name:24} not tried: {reason}")
-    outcome = result(found.values(), impossible)
+    outcome = save()
     best = next(rung for rung in outcome["rungs"] if rung["name"] == outcome["best"])
     print(f"\nbest here: {outcome['best']}, {best['speedup']:.2f} times the naive baseline: {outcome['best_recipe']}")
-    if options.json:
-        record.write_json(options.json, outcome)
     if options.png:
         _draw(outcome, options.png)
     if options.record:
         from .launch import run
-        record.write_json(options.record / "ladder.json", outcome)
         best_recipe = Recipe.from_dict(best["recipe"])
         for _ in record.save(_record_path(options.record, best_recipe), run(best_recipe), describe().to_dict()):
             pass
-        _record_device(options.record, "cuda" if describe().gpus else "cpu", options.quick)
 
 
 def _record_device(folder, device, quick):
@@ -155,12 +164,12 @@ def _record_device(folder, device, quick):
     from tqdm.auto import tqdm
 
     from . import record
-    from .device import NAMES, everything, file_name
+    from .device import NAMES, everything
 
     figures = {}
     for name, found in tqdm(everything(device, quick), total=len(NAMES) + 1, desc=f"measuring {device}", file=sys.stderr, leave=False, disable=None):
         figures[name] = found
-        record.write_json(path := folder / file_name(figures), figures)
+        record.write_json(path := folder / record.file_name("device", figures["machine"], device), figures)
         if "failed" in found:
             print(f"{device}, {name}: failed: {found['failed']}", file=sys.stderr)
     print(f"measured {device}: {path}")
@@ -231,7 +240,7 @@ def _draw(outcome, path):
     FigureCanvasAgg(figure)
     plot.ladder(figure.subplots(), outcome["rungs"])
     machine, versions = outcome["machine"], outcome["versions"]
-    title = f"{outcome['recipe']['model']} on {machine['name']}, {machine['cores']} cores, torch {versions['torch']}"
+    title = f"{outcome['recipe']['model']} on {plot.place(machine)}, torch {versions['torch']}"
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150, format="png")
 

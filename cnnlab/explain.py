@@ -13,7 +13,8 @@ from .recipe import Recipe, legend
 STEPS = 10               # that are timed and profiled
 PARTS = {"loader": "waiting for the loader", "arithmetic": "arithmetic: convolutions, matrix products", "memory": "memory: all other operations",
          "launch": "starting operations", "communication": "waiting for other ranks"}
-ARITHMETIC = ("conv", "mm", "linear", "gemm", "cutlass", "cudnn", "wgrad", "dgrad", "fprop")    # in the names of operations and of GPU kernels
+ARITHMETIC = ("conv", "mm", "linear", "gemm", "cutlass", "xmma", "nvjet", "winograd", "wgrad", "dgrad", "fprop")    # in names of operations and GPU kernels
+FUSED = ("triton_poi", "triton_per", "triton_red")        # generated kernels of other operations, though their names may tell what stood beside them
 RANGES = ("enumerate(DataLoader)", "Optimizer.", "ProfilerStep", "autograd::", "Torch", "CompiledFunction", "DistributedDataParallel")
 
 
@@ -143,18 +144,32 @@ def profiled(recipe):
     next(event for event in events if isinstance(event, Progress))           # the warm-up: its steps are reported at its end
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as profiler:
         end = list(events)[-1]
-    steps, seconds, operations = recipe.steps - recipe.warmup_steps, {"arithmetic": 0.0, "memory": 0.0}, 0
-    for event in profiler.events():
-        own = event.self_device_time_total if gpu else event.self_cpu_time_total
-        if not own or event.name.startswith(RANGES) or in_loader(event):
-            continue
-        operations += 1
-        seconds["arithmetic" if any(word in event.name.lower() for word in ARITHMETIC) else "memory"] += own / 1e6 / steps
+    seconds, operations = spent(profiler.events(), gpu, recipe.steps - recipe.warmup_steps)
     launch = max(0.0, end.compute_s - sum(seconds.values()))
     size = 8192 if gpu else 1024
-    return {**seconds, "launch": launch, "operations": operations // steps, **counted(recipe),
+    return {**seconds, "launch": launch, "operations": operations, **counted(recipe),
             "peak_flops": machine.peak_flops(recipe.precision, recipe.device, recipe.threads, size)[0],
-            "peak_copy": machine.copy_bandwidth(recipe.device, recipe.threads, 64)[0]}
+            "peak_copy": machine.copy_bandwidth(recipe.device, recipe.threads, 256 if gpu else 64)[0]}
+
+
+def spent(events, gpu, steps):
+    """({"arithmetic": seconds, "memory": seconds}, number of operations) of one of `steps` steps, by the profiler's events; of the GPU's kernels only, if `gpu`."""
+    from torch.autograd import DeviceType
+
+    seconds, operations = {"arithmetic": 0.0, "memory": 0.0}, 0
+    for event in events:
+        own = event.self_device_time_total if gpu else event.self_cpu_time_total
+        if gpu and event.device_type != DeviceType.CUDA:     # a call: it has the time of its kernels, which are events of their own
+            continue
+        if own and not event.name.startswith(RANGES) and not in_loader(event):
+            operations += 1
+            seconds["arithmetic" if is_arithmetic(event.name) else "memory"] += own / 1e6 / steps
+    return seconds, operations // steps
+
+
+def is_arithmetic(name):
+    """Is the operation, or the GPU kernel, of that name a convolution or a matrix product?"""
+    return any(word in name.lower() for word in ARITHMETIC) and not name.startswith(FUSED)
 
 
 def in_loader(event):
@@ -180,7 +195,7 @@ def counted(recipe):
 
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             result = operation(*args, **(kwargs or {}))
-            if not operation.is_view and not any(word in operation.name() for word in ARITHMETIC):
+            if not operation.is_view and not is_arithmetic(operation.name()):
                 self.bytes += sum(value.nbytes for value in torch.utils._pytree.tree_leaves((args, result)) if isinstance(value, torch.Tensor))
             return result
 

@@ -54,8 +54,12 @@ def graphed(step):
                 for _ in range(WARM):
                     step()
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                recorded.append(step())
+            before = torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(graph):
+                    recorded.append(step())
+            finally:
+                torch.cuda.set_stream(before)    # a recording that fails leaves its own
         graph.replay()
         return recorded[0]
     return replay

@@ -44,9 +44,11 @@ class Rung:
 
 def techniques(machine):
     """What can be tried on this machine, from the ground up: ({name: changes to a recipe}, {name: why not})."""
-    gpu = machine.gpus and {"GPU": {"device": "cuda"}, "TF32 on the GPU": {"precision": "tf32"},
-                            "channels_last on the GPU": {"memory_format": "channels_last"},
-                            "bf16 on the GPU": {"precision": "bf16"}, "torch.compile on the GPU": {"compiler": "inductor"}}
+    plain, on_gpu = {"precision": "fp32", "memory_format": "contiguous"}, {"device": "cuda"}       # what paid on the CPU is tried on the GPU by itself
+    gpu = machine.gpus and {"GPU": {**on_gpu, **plain}, "TF32 on the GPU": {**on_gpu, "precision": "tf32"},
+                            "channels_last on the GPU": {**on_gpu, "memory_format": "channels_last"},
+                            "bf16 on the GPU": {**on_gpu, "precision": "bf16"}, AGAIN + "whole-batch loader": {"loader": "batch"},
+                            "torch.compile on the GPU": {**on_gpu, "compiler": "inductor"}}
     replicas = len(machine.gpus) if len(machine.gpus) > 1 else machine.cores
     rungs = {
         "threads": machine.cores > 1 and {"threads": machine.cores},
@@ -55,12 +57,12 @@ def techniques(machine):
         "bf16": {"precision": "bf16"},
         "pooling before ReLU": {"pooling": "before-relu"},
         AGAIN + "channels_last": {"memory_format": "channels_last"},
-        "torch.compile": machine.compiler and {"compiler": "inductor"},
-        "compiled except pooling": machine.compiler and {"compiler": "inductor-except-pool"},
+        "torch.compile": machine.compiler and not gpu and {"compiler": "inductor"},
+        "compiled except pooling": machine.compiler and not gpu and {"compiler": "inductor-except-pool"},
         **(gpu or {"GPU": None}),
         "replicas": (machine.cores > 1 and not machine.gpus or len(machine.gpus) > 1) and {"replicas": replicas, "threads": None},
     }
-    no_compiler = machine.missing.get("C++ compiler")
+    no_compiler = "it is tried on the GPU" if gpu else machine.missing.get("C++ compiler")
     why_not = {"threads": "this process may use one core only", "torch.compile": no_compiler, "compiled except pooling": no_compiler,
                "GPU": machine.missing.get("NVIDIA GPU"),
                "replicas": machine.missing.get("second GPU") if machine.gpus else "this process may use one core only"}

@@ -68,7 +68,8 @@ def run(recipe, stop=None, env=None, checkpoints=None, max_restarts=0, say=print
     together = recipe.replicas > 1 or recipe.strategy == "ddp"
     backend = rank_backend(recipe, recipe.replicas) if together else None
     for attempt in range(1, max_restarts + 2):
-        with closing(stream(train_rank, (recipe, folder), recipe.replicas, stop, env, backend, say=say)) as events:
+        told = {**(env or {}), "TORCHELASTIC_RESTART_COUNT": str(attempt - 1)}          # as torchrun tells its ranks
+        with closing(stream(train_rank, (recipe, folder), recipe.replicas, stop, told, backend, say=say)) as events:
             for event in events:
                 if isinstance(event, Failed) and attempt <= max_restarts:
                     break

@@ -40,9 +40,10 @@ def describe():
 
     flags = _cpu_flags()
     units = tuple(name for name, flag in _UNITS.items() if flag in flags)
-    hardware = {"fp32": True, "bf16": bool({"amx_bf16", "avx512_bf16", "bf16"} & flags),
-                "fp16": bool({"amx_fp16", "avx512_fp16", "asimdhp"} & flags)}
-    gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    library = torch.backends.mkldnn.is_available()          # oneDNN: without it, as on macOS, torch does not use these units in convolutions
+    hardware = {"fp32": True, "bf16": library and bool({"amx_bf16", "avx512_bf16", "bf16"} & flags),
+                "fp16": library and bool({"amx_fp16", "avx512_fp16", "asimdhp"} & flags)}
+    gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
     compiler = _compiler()
     return Machine(name=_cpu_name(), system=f"{platform.system()} {platform.machine()}", cores=cores(),
                    memory_gib=round(psutil.virtual_memory().total / 2**30, 1), units=units, gpus=gpus, compiler=compiler,
@@ -171,9 +172,9 @@ def _compiler():
 def _missing(hardware, gpus, compiler):
     import torch
 
-    built = f"and this torch ({torch.__version__}) is built without CUDA" if not torch.version.cuda else "or its driver is not installed"
+    built = f"and this torch ({torch.__version__}) is built without CUDA" if not torch.version.cuda else "or its driver is not installed, or too old for this torch"
     reasons = {
-        "NVIDIA GPU": None if gpus else f"torch sees none: the machine has none, {built}. GPU lessons show recorded runs; "
+        "NVIDIA GPU": None if gpus else f"torch sees none: the machine has none, {built}. GPU lessons show recorded runs where there are some; "
                                         "Colab or a machine with an NVIDIA GPU and a CUDA build of torch runs them live.",
         "second GPU": None if len(gpus) > 1 else "runs on several GPUs need a machine with at least two.",
         "C++ compiler": None if compiler else "torch.compile writes C++ for the CPU and needs g++ or clang++: "

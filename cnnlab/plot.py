@@ -157,7 +157,7 @@ def ladder(ax, rungs, prediction=None, recorded=None, running=None):
                     textcoords="offset points", va="center", fontsize=9, bbox=CLEAR)
     if others:
         points = [(value, names.index(name)) for name, value in others.items()]
-        where = f"recorded: {recorded['machine']['name']}, {recorded['machine']['cores']} cores"
+        where = f"recorded: {place(recorded['machine'])}" + (f", batch {recorded['recipe']['batch_size']}" if "recipe" in recorded else "")
         ax.plot(*zip(*points), "D", color=RECORDED, markersize=5, markerfacecolor="none", label=where)
     if prediction:
         ax.axvline(prediction, color=PREDICTED, linestyle=":", linewidth=2, label=f"your prediction: {prediction:g}x")
@@ -168,6 +168,11 @@ def ladder(ax, rungs, prediction=None, recorded=None, running=None):
     if others or prediction:
         ax.legend(frameon=False, loc="upper right", fontsize=9)
     _plain(ax)
+
+
+def place(machine):
+    """A machine, as JSON has it, in a few words: processor, cores, GPUs."""
+    return ", ".join([machine["name"], f"{machine['cores']} cores", *machine.get("gpus", ())])
 
 
 def roofline(ax, peaks, points=None, precision="fp32"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import time
 import warnings
@@ -101,6 +102,12 @@ def replay(path, tempo=None):
 def recorded_ladders(folder=Path(__file__).parent.parent / "notebooks" / "recorded"):
     """The ladders of other machines that ship with the lessons: {name: what `cnnlab ladder --json` wrote there}."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("ladder-*.json"))}
+
+
+def file_name(kind, machine, device):
+    """What a file about a machine (as JSON has it) is called, such as "ladder-nvidia-h200.json" or "device-amd-epyc-2-cores.json"."""
+    name = machine["gpus"][0] if device == "cuda" else f"{machine['name']} {machine['cores']} cores"
+    return f"{kind}-" + re.sub(r"\W+", "-", name.lower()).strip("-") + ".json"
 
 
 def write_json(path, value):

@@ -39,7 +39,8 @@ def train(recipe, rank=0, world=1, checkpoints=None):
     speed.set_seed(recipe.seed, rank)
     state = recipe, network, optimizer, schedule, scaler
     first = step = checkpoint.resume(checkpoints, *state) if checkpoints else 0
-    if first >= steps:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if first > steps or first == steps and not restarted:        # a rank may have died after the last step, and only the evaluation is left
         raise Refused(f"the newest checkpoint in {checkpoints} has done {first} steps, and steps={steps} asks for no more: raise epochs or "
                       f"steps, or name another folder.")
     loader = data.train_loader(recipe, images_of.train, rank, world, first=first, steps=steps, deal=shared and shared.deal)
@@ -49,7 +50,7 @@ def train(recipe, rank=0, world=1, checkpoints=None):
                   test_images=len(images_of.test), steps=steps, first_step=first, threads=torch.get_num_threads(), cores=machine.affinity())
     share = recipe.batch_size // world                                 # images of a rank's part of a batch
     parts = lambda: shared.total() if shared else step * world         # of batches, done by all ranks together
-    accuracy, losses, correct = None, [], 0
+    accuracy, losses, correct, last = None, [], 0, ceil(steps / len(loader))
     reported = warm = start = (step, parts(), 0.0, 0.0, 0.0)
 
     def progress():
@@ -65,7 +66,7 @@ def train(recipe, rank=0, world=1, checkpoints=None):
         return event
 
     clock.resume()
-    for epoch in range(1, ceil(steps / len(loader)) + 1):
+    for epoch in range(1, last + 1):
         for images, labels in clock.waited(loader):
             images = images.to(device, memory_format=layout, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
@@ -104,7 +105,7 @@ def train(recipe, rank=0, world=1, checkpoints=None):
         elif shared:                             # the others have gone on
             clock.pause()
             reported = step, parts(), clock.seconds, clock.waiting, clock.exposed
-        if recipe.evaluate and epoch * len(loader) > first:
+        if recipe.evaluate and (epoch * len(loader) > first or epoch == last):
             accuracy, mean_loss = evaluate(network, recipe, images_of.test, device, rank, world, shared)
             yield Evaluated(rank=rank, epoch=epoch, step=parts() // world, seconds=clock.seconds, accuracy=accuracy, loss=mean_loss,
                             images=len(images_of.test))
@@ -115,7 +116,7 @@ def train(recipe, rank=0, world=1, checkpoints=None):
     timed, trained, seconds, waiting, exposed = (now - then for now, then in zip(reported, warm))
     timed = max(1, timed)                    # under async, the others may have left this rank nothing to do
     exchanged = exposed / timed if device.type == "cpu" else None
-    yield Finished(rank=rank, steps=step, images=parts() * share, seconds=clock.seconds, warmup_s=warm[2], images_per_s=trained * share / seconds,
+    yield Finished(rank=rank, steps=step, images=parts() * share, seconds=clock.seconds, warmup_s=warm[2], images_per_s=trained * share / seconds if seconds else 0.0,
                    step_s=seconds / timed, waiting_s=waiting / timed, communication_s=exchanged,
                    compute_s=(seconds - waiting - exposed) / timed, peak_memory_mib=speed.peak_memory_mib(device), accuracy=accuracy,
                    staleness=shared.stale / max(1, shared.own) if shared else None)

@@ -69,6 +69,28 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path
     assert sorted(path.name for path in kept.iterdir()) == ["step-00000016", "step-00000024"]
 
 
+def killed_while_evaluating(rank, world, recipe, checkpoints, marks):
+    """The last rank dies after the last step and its checkpoint."""
+    from cnnlab import train
+
+    evaluate = train.evaluate
+    train.evaluate = lambda *args: rank == world - 1 and kill_myself(marks) or evaluate(*args)
+    yield from train.train(recipe, rank, world, checkpoints)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_killed_after_its_last_checkpoint_is_only_evaluated(tmp_path, monkeypatch, world):
+    recipe = KEPT.but(replicas=world, steps=16, evaluate=True)
+    accuracy = list(run(recipe))[-1].accuracy
+    monkeypatch.setattr(launch, "train_rank", partial(killed_while_evaluating, marks=str(tmp_path / "marks")))
+    events = list(record.save(tmp_path / "run.jsonl", run(recipe, checkpoints=tmp_path / "kept", max_restarts=1), {"versions": {}}))
+    assert [event.first_step for event in events if isinstance(event, Started) and event.rank == 0] == [0, 16]
+    assert {event.accuracy for event in events if isinstance(event, Finished)} == {accuracy} and len(plot.losses_of(events)[1]) == 16
+    assert record.load(tmp_path / "run.jsonl").events == events
+    with pytest.raises(Refused, match="asks for no more"):          # whoever asks for it anew is told
+        list(run(recipe, checkpoints=tmp_path / "kept"))
+
+
 def test_without_checkpoints_a_run_starts_anew_from_its_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "train_rank", partial(interrupted_train, step=9, victim=0, what=partial(kill_myself, str(tmp_path / "marks"))))
     events = list(run(KEPT, max_restarts=1))

@@ -115,6 +115,15 @@ def test_an_update_that_is_wrong_shows_in_the_losses(monkeypatch):
     assert fp32["errors"]["logits"] < fp32["limits"]["logits"] and fp32["errors"]["losses"] > fp32["limits"]["losses"] and not fp32["passed"]
 
 
+def test_a_way_that_cannot_run_here_is_no_wrong_result(monkeypatch):
+    def broken(model):
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(speed, "channels_last", broken)
+    checks = device.checks("cpu", quick=True)
+    assert checks["passed"] is True and "C compiler" in checks["ways"]["channels_last"]["failed"] and checks["ways"]["fp32"]["passed"] is True
+
+
 def test_logits_that_are_no_numbers_fail_and_stay_json(monkeypatch):
     spoil = lambda layer: [weight.data.fill_(float("nan")) for weight in layer.parameters()]
     monkeypatch.setattr(speed, "channels_last", lambda model: model.apply(spoil))

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,25 @@ def test_heavy_convolutions_are_found():
 def test_a_slow_network_is_found():
     found = explain.explain(SMALL.but(replicas=2, latency_ms=60.0), repeats=1)
     assert found.bound == "communication" and found.next[1] == {"batch_size": 128}
+
+
+@pytest.mark.parametrize("name, arithmetic", [
+    ("aten::mkldnn_convolution", True), ("aten::convolution_backward", True), ("aten::addmm", True), ("aten::max_pool2d_with_indices", False),
+    ("aten::cudnn_convolution", True), ("aten::cudnn_batch_norm", False), ("cudnn::bn_fw_tr_1C11_singleread", False),
+    ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", True), ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNN", True), ("cutlass_80_wmma_tensorop_bf16_s161616gemm", True),
+    ("triton_poi_fused_convolution_relu_3", False), ("triton_red_fused_native_batch_norm_backward_2", False), ("triton_tem_fused_mm_1", True)])
+def test_operations_and_kernels_are_told_apart_by_their_names(name, arithmetic):
+    assert explain.is_arithmetic(name) is arithmetic
+
+
+@pytest.mark.parametrize("gpu, expected", [(True, ({"arithmetic": 1.5, "memory": 0.5}, 1)), (False, ({"arithmetic": 0.25, "memory": 0.0}, 0))])
+def test_on_a_gpu_each_kernel_counts_once_and_on_a_cpu_each_call(gpu, expected):
+    def event(name, where, own_cpu, own_device):
+        return SimpleNamespace(name=name, device_type=getattr(torch.autograd.DeviceType, where), self_cpu_time_total=own_cpu, self_device_time_total=own_device, cpu_parent=None)
+
+    events = [event("aten::cudnn_convolution", "CPU", 500_000, 3_000_000), event("sm90_xmma_fprop_implicit_gemm", "CUDA", 0, 3_000_000),
+              event("triton_poi_fused_relu_0", "CUDA", 0, 1_000_000), event("Optimizer.step#SGD.step", "CUDA", 0, 9_000_000)]      # the last: a range over others
+    assert explain.spent(events, gpu, steps=2) == expected
 
 
 @pytest.mark.skipif("C++ compiler" in machine.describe().missing, reason="no C++ compiler here")

@@ -38,13 +38,31 @@ def test_without_a_compiler_there_is_no_torch_compile():
 
 def test_a_gpu_adds_its_own_rungs():
     rungs, why_not = techniques(replace(LAPTOP, gpus=("A",), missing={"second GPU": "needs two"}))
-    assert rungs["GPU"] == {"device": "cuda"} and rungs["TF32 on the GPU"] == {"precision": "tf32"}
-    assert why_not == {"replicas": "needs two"}
+    assert rungs["GPU"] == {"device": "cuda", "precision": "fp32", "memory_format": "contiguous"}       # its own way up, not the CPU's
+    assert rungs["TF32 on the GPU"] == {"device": "cuda", "precision": "tf32"}                          # possible where the rung before it lost, too
+    assert why_not == {"replicas": "needs two", **dict.fromkeys(("torch.compile", "compiled except pooling"), "it is tried on the GPU")}
+    assert list(rungs).index(AGAIN + "whole-batch loader") > list(rungs).index("bf16 on the GPU")       # the faster the step, the more the loader counts
+
+
+def test_a_gpu_that_loses_does_not_end_the_climb(speeds):
+    speeds.factors.update({("device", "cuda"): 0.1, ("precision", "bf16"): 2.0})
+    rungs, _ = techniques(replace(LAPTOP, gpus=("A",), missing={"second GPU": "needs two"}))
+    found = outcomes(rungs)
+    assert found["bf16"].kept and found["GPU"].kept is False and {name for name, change in rungs.items() if "device" in change} <= set(found)
+
+
+def test_the_gpu_is_climbed_from_plain_fp32_whatever_paid_on_the_cpu(speeds):
+    speeds.factors.update({("device", "cuda"): 20.0, ("precision", "bf16"): 2.0, ("memory_format", "channels_last"): 1.5})
+    rungs, _ = techniques(replace(LAPTOP, gpus=("A",), missing={"second GPU": "needs two"}))
+    found = outcomes(rungs)
+    assert {name: found[name].kept for name in ("GPU", "TF32 on the GPU", "channels_last on the GPU", "bf16 on the GPU")} == {
+        "GPU": True, "TF32 on the GPU": False, "channels_last on the GPU": True, "bf16 on the GPU": True}
+    assert (found["GPU"].recipe.precision, found["GPU"].recipe.memory_format, found["bf16"].recipe.precision) == ("fp32", "contiguous", "bf16")
 
 
 def test_two_gpus_can_have_replicas():
     rungs, why_not = techniques(replace(LAPTOP, gpus=("A", "B"), missing={}))
-    assert rungs["replicas"] == {"replicas": 2, "threads": None} and why_not == {}
+    assert rungs["replicas"] == {"replicas": 2, "threads": None} and set(why_not) == {"torch.compile", "compiled except pooling"}
 
 
 @pytest.mark.parametrize("gpus", [(), ("A",), ("A", "B", "C")])
