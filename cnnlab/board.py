@@ -34,7 +34,7 @@ class Picture:
         self.figure = Figure(figsize=size, dpi=dpi)
         self.canvas = FigureCanvasAgg(self.figure)
         self.axes = self.figure.subplots(1, axes, squeeze=False)[0]
-        self.figure.subplots_adjust(left=0.07, right=0.98, bottom=0.16, top=0.9, wspace=0.2)
+        self.figure.subplots_adjust(left=0.07, right=0.97, bottom=0.16, top=0.9, wspace=0.2)
         self.drawn, self.background = None, None
 
     def png(self, draw):

@@ -155,8 +155,8 @@ class Ladder(Panel):
         boxes = {name: widgets.Checkbox(value=True, description=name, indent=False, layout={"width": "190px"}) for name in self.possible}
         steps = widgets.IntSlider(value=repeats, min=2, max=10, description="repeats", continuous_update=False)
         draw = lambda axes: (axes[0].clear(), plot.ladder(axes[0], self.rungs, prediction(), recorded, self.running))
-        picture = Picture(1, (8.0, 4.2))
-        picture.figure.subplots_adjust(left=0.2, bottom=0.13, top=0.97)
+        picture = Picture(1, (8.8, 4.2))
+        picture.figure.subplots_adjust(left=0.25, bottom=0.13, top=0.97)
         super().__init__({**boxes, "repeats": steps}, self._work, self._take, draw, picture, follow=False,
                          hint="Choose rungs, then press Run. " + escaped("; ".join(f"no {name}" for name in self.impossible)))
 

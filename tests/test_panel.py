@@ -3,12 +3,13 @@
 import io
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
 from PIL import Image
 
-from cnnlab import launch, panel
+from cnnlab import ladder, launch, machine, panel
 from cnnlab.events import Finished
 from cnnlab.recipe import Recipe
 
@@ -126,6 +127,18 @@ def test_only_points_are_drawn_while_nothing_else_changes(live):
     assert live.picture.background is background              # the axes were not drawn anew
     fresh = panel.Picture(2)
     assert Image.open(io.BytesIO(again)).tobytes() == Image.open(io.BytesIO(fresh.png(live.draw))).tobytes()
+
+
+def test_every_word_of_a_ladder_is_in_the_picture():
+    everything = replace(machine.describe(), cores=2, gpus=("A", "B"), compiler="g++", missing={})
+    climb = panel.Ladder(Recipe(batch_size=256))
+    names = {name for gpus in (("A", "B"), ()) for name in ladder.techniques(replace(everything, gpus=gpus))[0]}
+    climb.rungs = [{"name": name, "speedup": 1.0, "speedup_ci": [0.9, 3.0], "over_below_ci": [0.9, 3.0], "kept": False} for name in names]
+    climb.picture.png(climb.draw)
+    figure, [ax] = climb.picture.figure, climb.picture.axes
+    for text in (*ax.get_yticklabels(), *ax.get_xticklabels(), *ax.texts, ax.xaxis.label):
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0, f"{text.get_text()!r} is cut off"
 
 
 def test_the_ladder_panel_climbs_what_is_chosen():
