@@ -217,8 +217,8 @@ def _show(events):
                 bar.write(f"epoch {event.epoch:3}: held-out accuracy {100 * event.accuracy:.1f}%, loss {event.loss:.3f}", file=sys.stdout)
             elif isinstance(event, Finished):
                 bar.write(f"{event.images:,} images in {event.seconds:.1f} s, of which {event.warmup_s:.1f} s warm-up; then {event.images_per_s:,.0f} images/s "
-                          f"({1000 * event.step_s:.1f} ms a step: {1000 * event.waiting_s:.1f} waiting for data, "
-                          f"{1000 * (event.communication_s or 0):.1f} for other ranks); "
+                          f"({1000 * event.step_s:.1f} ms a step: {1000 * event.waiting_s:.1f} waiting for data"
+                          + ("" if event.communication_s is None else f", {1000 * event.communication_s:.1f} for other ranks") + "); "
                           f"peak memory {event.peak_memory_mib:,.0f} MiB", file=sys.stdout)
 
 
@@ -276,7 +276,8 @@ def _read_recipe(path):
 def _record_path(folder, recipe):
     """A name that no earlier run has."""
     stem = f"{recipe.model}-{recipe.data}-{recipe.precision}-{recipe.replicas}"
-    number = next(n for n in range(1, 1_000_000) if not (folder / f"{stem}-{n}.jsonl").exists())
+    taken = lambda number: any((folder / f"{stem}-{number}.jsonl{end}").exists() for end in ("", ".part"))      # .part: it was interrupted
+    number = next(number for number in range(1, 1_000_000) if not taken(number))
     return folder / f"{stem}-{number}.jsonl"
 
 

@@ -51,22 +51,22 @@ class Picture:
             self.canvas.restore_region(self.background)
         for line in lines:
             line.axes.draw_artist(line)
-        return self._encoded(compress_level=1)
+        return self._encoded()
 
-    def final(self, scale=2):
+    def final(self):
         """The same picture once more, at twice the resolution: for the saved notebook."""
         buffer = io.BytesIO()
         for line in (line for ax in self.axes for line in ax.lines):
             line.set_animated(False)
-        self.figure.savefig(buffer, format="png", dpi=scale * self.figure.dpi)
+        self.figure.savefig(buffer, format="png", dpi=2 * self.figure.dpi)
         self.drawn = None
         return buffer.getvalue()
 
-    def _encoded(self, compress_level):
+    def _encoded(self):
         from PIL import Image
 
         buffer = io.BytesIO()
-        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(buffer, "png", compress_level=compress_level)
+        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(buffer, "png", compress_level=1)
         return buffer.getvalue()
 
 

@@ -37,14 +37,17 @@ def save(folder, step, recipe, *state):
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)      # rank 0's batch-norm statistics count, as in training
     with _quiet():
         try:
-            dcp.save({**_values(*state), "step": step, f"random-{rank}": torch.get_rng_state()}, checkpoint_id=part, planner=planner)
+            dcp.save({**_values(*state), **_random(recipe), "step": step}, checkpoint_id=part, planner=planner)
         except CheckpointException as error:          # the same in all ranks, and no Exception
             raise _unwritable(folder, next(iter(error.failures.values()))[0]) from None
     _meet()
     if rank == 0:
-        (part / RECIPE).write_text(json.dumps(recipe.to_dict()), encoding="utf-8")
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(part, path)
+        try:
+            (part / RECIPE).write_text(json.dumps(recipe.to_dict()), encoding="utf-8")
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(part, path)
+        except OSError as error:
+            raise _unwritable(folder, error) from None
         for old in _kept(folder)[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
     return Checkpointed(rank=rank, step=step, path=str(path), took_s=time.perf_counter() - began)
@@ -56,24 +59,28 @@ def resume(folder, recipe, model, optimizer, schedule, scaler):
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-    kept = _kept(folder)
-    if not kept:
+    newest = [str(path) for path in _kept(folder)[-1:]] or [None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(newest)         # rank 0's choice: over a network, other machines may see the folder as it was before
+    if newest[0] is None:
         return 0
-    _check_recipe(kept[-1], recipe)
-    values, random = {**_values(model, optimizer, schedule, scaler), "step": 0}, f"random-{_rank()}"
+    newest = Path(newest[0])
+    _check_recipe(newest, recipe)
     try:
-        if random in dcp.FileSystemReader(kept[-1]).read_metadata().state_dict_metadata:      # else this rank was not there before
-            values[random] = torch.get_rng_state()
+        known = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
+        random = {name: state for name, state in _random(recipe).items() if name in known}       # else this rank was not there before
+        values = {**_values(model, optimizer, schedule, scaler), **random, "step": 0}
         with _quiet():
-            dcp.load(values, checkpoint_id=kept[-1])
+            dcp.load(values, checkpoint_id=newest)
         model.load_state_dict(values["model"])
         set_optimizer_state_dict(model, optimizer, values["optimizer"])
         schedule.load_state_dict(values["schedule"])
         scaler.load_state_dict(values["scaler"])
     except (Exception, CheckpointException) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise _damaged(kept[-1], reason[-1]) from None
-    torch.set_rng_state(values.get(random, torch.get_rng_state()))
+        raise _damaged(newest, reason[-1]) from None
+    for name in random:
+        (torch.cuda if "cuda" in name else torch).set_rng_state(values[name])
     return values["step"]
 
 
@@ -105,6 +112,14 @@ def _values(model, optimizer, schedule, scaler):
 
     return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer),
             "schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
+
+
+def _random(recipe):
+    """The states of this rank's random numbers, by their names in a checkpoint."""
+    states = {f"random-{_rank()}": torch.get_rng_state()}
+    if recipe.device == "cuda":
+        states[f"random-cuda-{_rank()}"] = torch.cuda.get_rng_state()
+    return states
 
 
 def _kept(folder):

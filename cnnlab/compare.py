@@ -1,5 +1,6 @@
 """Honest speedups: interleaved repeats, medians with spread, confidence intervals, and a refusal of unfair pairs."""
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,10 +110,10 @@ def measure(recipes, repeats=5, technique=TECHNIQUES, even_if_unfair=False, stop
     found = {name: Measurement(name=name, recipe=recipe) for name, recipe in recipes.items()}
     for repeat in range(repeats):
         for name, recipe in recipes.items():
-            end = slowest(run(recipe.but(evaluate=recipe.evaluate and repeat == 0), stop, env))
-            if end is None:                 # stopped
+            ends = [event for event in run(recipe.but(evaluate=recipe.evaluate and repeat == 0), stop, env) if isinstance(event, Finished)]
+            if len(ends) < recipe.replicas:               # stopped
                 return
-            found[name] = found[name].add(end)
+            found[name] = found[name].add(slowest(ends))
             yield dict(found)
 
 
@@ -121,7 +122,7 @@ def measured(recipes, repeats=5, **options):
     from tqdm.auto import tqdm
 
     bar = tqdm(measure(recipes, repeats, **options), total=repeats * len(recipes), desc="measuring", leave=False)
-    return list(bar)[-1]
+    return deque(bar, maxlen=1)[0]
 
 
 def slowest(events):

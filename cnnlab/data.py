@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -58,7 +59,7 @@ def load(recipe):
                "synthetic": lambda: synthetic(recipe.images, recipe.image_size, recipe.classes, recipe.seed),
                "photos": lambda: photographs(recipe.images, recipe.image_size, recipe.augment == "crop")}
     images = loaders[recipe.data]()
-    steps = recipe.steps or recipe.epochs * (len(images.train) // recipe.batch_size)
+    steps = steps_of(recipe, images)
     if recipe.batch_size > len(images.train):
         raise Refused(f"batch_size={recipe.batch_size} is larger than the data: {recipe.data} has {len(images.train)} "
                       f"training images. Take a batch of at most {len(images.train)}.")
@@ -66,6 +67,11 @@ def load(recipe):
         raise Refused(f"epochs={recipe.epochs} of batch_size={recipe.batch_size} make {steps} steps, which leaves nothing to time after "
                       f"warmup_steps={recipe.warmup_steps}: raise epochs or lower warmup_steps.")
     return images
+
+
+def steps_of(recipe, images):
+    """How many steps the recipe takes with these `Images`."""
+    return recipe.steps or recipe.epochs * (len(images.train) // recipe.batch_size)
 
 
 def digits():
@@ -214,6 +220,7 @@ def fetch(data, name):
     """
     import pooch
     import requests
+    from filelock import FileLock
 
     checksum = {**FASHION_FILES, **CIFAR_FILES}[name]
     folder = data_folder() / data
@@ -222,7 +229,9 @@ def fetch(data, name):
     for mirror in (*([own] if own else []), *MIRRORS[data]):
         url = mirror.rstrip("/") + "/" + name
         try:
-            return Path(pooch.retrieve(url, checksum, fname=name, path=folder, downloader=_download))
+            folder.mkdir(parents=True, exist_ok=True)
+            with nullcontext() if (folder / name).exists() else FileLock(folder.parent / f".{name}.lock"):       # another process may be at it
+                return Path(pooch.retrieve(url, checksum, fname=name, path=folder, downloader=_download))
         except requests.RequestException as error:      # before the two others, of which some of these are kinds
             reasons.append(f"{url}: {type(error).__name__}")
         except ValueError:                  # pooch: the checksum differs

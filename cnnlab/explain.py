@@ -53,6 +53,8 @@ class Explanation:
 
     def _note(self, name):
         seconds = self.parts[name]
+        if name == "communication" and self.recipe.device == "cuda" and self.recipe.replicas > 1:
+            return "not told apart on a GPU"
         if name == "launch":
             return f"{self.operations:,} operations"
         if name == "arithmetic" and seconds:
@@ -141,7 +143,7 @@ def profiled(recipe):
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")          # else the profiler writes into the notebook
     gpu = recipe.device == "cuda"
     events = train(recipe)
-    next(event for event in events if isinstance(event, Progress))           # the warm-up: its steps are reported at its end
+    next(event for event in events if not recipe.warmup_steps or isinstance(event, Progress) and event.step == recipe.warmup_steps)
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as profiler:
         end = list(events)[-1]
     seconds, operations = spent(profiler.events(), gpu, recipe.steps - recipe.warmup_steps)

@@ -89,9 +89,6 @@ def climb(recipe, rungs, repeats=5, seconds=4.0, stop=None):
     lost, often = set(), repeats
     try:
         yield baseline
-        if not rungs:
-            for found in measure({"baseline": baseline.recipe}, repeats, **options):
-                yield replace(baseline, measurement=found["baseline"])
         for name, change in rungs.items():
             candidate = _with(below.recipe, change)
             if candidate == below.recipe or name.startswith(AGAIN) and name.removeprefix(AGAIN) not in lost:
@@ -108,6 +105,9 @@ def climb(recipe, rungs, repeats=5, seconds=4.0, stop=None):
             often = max(repeats, min(3 * repeats, int(seconds / (2 * took))))
             lost = lost if rung.kept else lost | {name}
             below = rung if rung.kept else baseline if below.name == "baseline" else below
+        if not baseline.measurement.images_per_s:              # no rung was tried
+            for found in measure({"baseline": baseline.recipe}, repeats, **options):
+                yield replace(baseline, measurement=found["baseline"])
     finally:
         shutil.rmtree(cache, ignore_errors=True)
 
@@ -123,13 +123,14 @@ def _tried(rung, below, baseline, often, beside, options):
     if beside and below.name != "baseline":
         for found in measure({"baseline": baseline.recipe.but(evaluate=False)}, 1, **options):
             baseline = replace(baseline, measurement=_more(before, found["baseline"]))
+    pair = None
     try:
         for pair in measure({below.name: again, rung.name: rung.recipe}, often, **options):
             baseline = replace(baseline, measurement=_more(before, pair["baseline"])) if below.name == "baseline" else baseline
             rung = _judged(replace(rung, measurement=pair[rung.name]), baseline.measurement, pair[below.name])
             yield rung, baseline
     except RankError as error:
-        if not baseline.measurement.images_per_s:
+        if pair is None or len(pair[below.name].images_per_s) == len(pair[rung.name].images_per_s):       # it was the turn of the rung below
             raise
         yield replace(rung, failed=error.error), baseline
 

@@ -172,9 +172,9 @@ def _compiler():
 def _missing(hardware, gpus, compiler):
     import torch
 
-    built = f"and this torch ({torch.__version__}) is built without CUDA" if not torch.version.cuda else "or its driver is not installed, or too old for this torch"
+    built = f"or this torch ({torch.__version__}), built without CUDA, cannot see it" if not torch.version.cuda else "or its driver is not installed, or too old for this torch"
     reasons = {
-        "NVIDIA GPU": None if gpus else f"torch sees none: the machine has none, {built}. GPU lessons show recorded runs where there are some; "
+        "NVIDIA GPU": None if gpus else f"torch sees none: either the machine has none, {built}. GPU lessons show recorded runs where there are some; "
                                         "Colab or a machine with an NVIDIA GPU and a CUDA build of torch runs them live.",
         "second GPU": None if len(gpus) > 1 else "runs on several GPUs need a machine with at least two.",
         "C++ compiler": None if compiler else "torch.compile writes C++ for the CPU and needs g++ or clang++: "

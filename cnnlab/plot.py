@@ -128,7 +128,7 @@ def speedups(ax, measurements, prediction=None, caveat=None):
         ax.plot([x, x], [last - 0.4, last + 0.4], color=PREDICTED, linestyle=":", linewidth=2)
         ax.annotate("your prediction", (x, last - 0.4), (0, 2), textcoords="offset points", ha="center", fontsize=9)
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.7 * max([*medians, *(q3 for _, _, q3 in quartiles)]))       # room for what is said beside the bars
+    ax.set_xlim(0, max([1.7 * max([*medians, *(q3 for _, _, q3 in quartiles)]), 1.1 * (prediction or 0) * medians[0]]))      # room for what is said
     ax.set_xlabel("images/s: median, quartiles")
     if caveat:
         ax.set_title("not the same work: " + ", ".join(f"{name} {values}" for name, values in caveat.items()), color=COLOURS[1], fontsize=9)
@@ -218,7 +218,7 @@ def scaling(ax, workers, measured, serial=None, prediction=None, law=amdahl):
     ax.set_xticks(sorted({1, *workers}))
     ax.set_xlabel("workers")
     ax.set_ylabel(f"speedup over {measured[0].baseline}" if measured else "speedup")
-    ax.set_ylim(0, 1.1 * max([2, *workers, *values]))
+    ax.set_ylim(0, 1.1 * max([2, *workers, *values, *(prediction or {}).values()]))
     ax.legend(frameon=False, fontsize=9, loc="upper left")
     _plain(ax)
 

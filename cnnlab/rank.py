@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from . import data, machine, speed
+from . import checkpoint, data, machine, speed
 from .recipe import Refused
 from .train import train
 
@@ -85,7 +85,7 @@ def join(backend, **how):
             init(*args, **options)
             kept.append(dist.group.WORLD)
 
-    if "store" in how:
+    if "store" in how and os.name == "posix":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")     # this machine only: loopback
     init_process_group(backend, **how)
     dist.init_process_group = dist.distributed_c10d.init_process_group = init_process_group
@@ -96,12 +96,17 @@ def train_here(recipe, checkpoints=None):
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if recipe.strategy == "async" and os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
         raise Refused("strategy='async' is for one machine: its ranks share memory. Take 'ddp' or 'local-sgd' for several.")
+    if lacking := machine.missing_for(recipe):
+        raise Refused(" ".join(lacking))
+    if checkpoints:
+        checkpoint.check(checkpoints, recipe)
     _settle(local, int(os.environ["LOCAL_WORLD_SIZE"]))
     join(backend(recipe, int(os.environ["LOCAL_WORLD_SIZE"])), timeout=timedelta(seconds=TIMEOUT))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))      # a download may take longer than a collective operation
     for turn in (True, False):                  # one rank of each machine downloads, then the others find the files
         if turn == (local == 0):
             data.provide(recipe)
-        dist.barrier()
+        dist.barrier(patient)
     events = []
     for event in train(recipe, rank, world, checkpoints):
         events.append(event)

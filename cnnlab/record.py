@@ -39,13 +39,15 @@ def save(path, events, machine):
     """
     path = Path(path)
     with _written(path) as file:
-        headed = False
+        headed, early = False, []           # before the first start there may have been a failure and a restart
         for event in events:
             if isinstance(event, Started) and not headed:       # of whichever rank starts first
                 headed = True
                 _line(file, path, {"cnnlab": FORMAT, "recipe": event.recipe.to_dict(), "machine": machine, "versions": machine["versions"],
                                    "commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")})
-            _line(file, path, events_of.to_dict(event))
+            early.append(event)
+            while headed and early:
+                _line(file, path, events_of.to_dict(early.pop(0)))
             yield event
 
 

@@ -63,7 +63,7 @@ def attach(optimizer, model, recipe, world, clock):
 def average_gradients(model, recipe, clock):
     """Each gradient becomes its mean over all ranks, after backward, in one ring all-reduce of all of them."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).cpu()       # gloo carries it: NCCL's sends would wait for each other
     link = network(recipe)
     clock.communicating(ring_all_reduce, flat, link and link.carry)
     for gradient, mean in zip(gradients, (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])):

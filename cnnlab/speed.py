@@ -219,7 +219,8 @@ class Clock:
 
     def communicated(self, began):
         """Something that began then (`time.perf_counter`) has now come from the other ranks. Any thread may call."""
-        self.exchanges.append((began, time.perf_counter()))
+        if self.device.type == "cpu":
+            self.exchanges.append((began, time.perf_counter()))
 
     def communicating(self, function, *args):
         """Call the function; the time that it takes is communication."""

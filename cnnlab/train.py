@@ -31,7 +31,7 @@ def train(recipe, rank=0, world=1, checkpoints=None):
     network = build(recipe, images_of.shape)
     clock = speed.Clock(device)
     model = speed.prepare(network, recipe, device, world, clock)
-    steps = recipe.steps or recipe.epochs * (len(images_of.train) // recipe.batch_size)
+    steps = data.steps_of(recipe, images_of)
     optimizer, schedule = make_optimizer(recipe, model, steps)
     scaler = speed.grad_scaler(recipe)
     shared = replicas.attach(optimizer, network, recipe, world, clock)

@@ -59,6 +59,13 @@ def test_a_second_record_leaves_the_first_alone(tmp_path):
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
 
 
+def test_a_record_that_was_cut_short_is_left_alone(tmp_path):
+    part = tmp_path / "SmallCNN-digits-fp32-1-1.jsonl.part"
+    part.write_text("an hour's work")
+    assert main(["train", *QUICK, "--record", str(tmp_path)]) == 0
+    assert part.read_text() == "an hour's work" and len(list(tmp_path.glob("*.jsonl"))) == 1
+
+
 def test_a_climb_that_is_cut_short_has_saved_its_rungs(tmp_path, monkeypatch):
     climb = ladder.climb
 

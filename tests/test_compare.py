@@ -159,6 +159,11 @@ def test_a_technique_is_no_unfairness_and_one_can_name_ones_own():
     assert unfair([Recipe(), FAST], technique=("batch_size",)) == {"threads": [None, 2]}
 
 
+def test_a_run_that_was_stopped_between_the_ends_of_its_ranks_does_not_count(monkeypatch):
+    monkeypatch.setattr("cnnlab.launch.run", lambda recipe, stop=None, env=None: iter([finished(120, 0)]))
+    assert list(measure({"a": Recipe(replicas=2)}, repeats=2)) == []
+
+
 def test_measured_gives_the_last_word(runs):
     assert {name: len(m.images_per_s) for name, m in compare.measured({"a": Recipe(), "b": FAST}, repeats=2).items()} == {"a": 2, "b": 2}
 

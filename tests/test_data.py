@@ -6,6 +6,8 @@ import io
 import struct
 import tarfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -253,6 +255,14 @@ def test_a_file_is_downloaded_once(network):
     data.fashion_mnist()
     assert [name for name, _ in first.seen] == list(FASHION_FILES)
     assert sorted(p.name for p in (cache / "fashion-mnist").iterdir()) == sorted(FASHION_FILES)
+
+
+def test_those_who_need_a_file_at_once_download_it_once(network):
+    _, first, _ = network
+    first.RequestHandlerClass = type("Slow", (Handler,), {"do_GET": lambda self: (time.sleep(0.5), Handler.do_GET(self))})
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: data.fetch("fashion-mnist", FIRST), range(4)))
+    assert {path.read_bytes() for path in paths} == {FASHION_FILES[FIRST]} and first.seen == [(FIRST, None)]
 
 
 def test_a_missing_file_is_taken_from_the_next_mirror(network):

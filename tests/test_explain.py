@@ -81,6 +81,15 @@ def test_compiled_steps_are_explained():
     assert found.parts["memory"] > 0 and found.parts["arithmetic"] > 0 and "before fusing" in str(found)
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_what_is_profiled_begins_after_the_warm_up(monkeypatch, warmup):
+    """However often training says how it goes: here after every step."""
+    monkeypatch.setattr("cnnlab.train.REPORT_EVERY", 0.0)
+    found = explain.profiled(SMALL.but(steps=warmup + 4, warmup_steps=warmup, evaluate=False))
+    monkeypatch.setattr("cnnlab.train.REPORT_EVERY", 1e9)
+    assert 50 < found["operations"] < 1.1 * explain.profiled(SMALL.but(steps=warmup + 4, warmup_steps=warmup, evaluate=False))["operations"]    # 5/4 with a step more
+
+
 def test_two_recipes_are_compared_image_by_image():
     found = explain.explain(SMALL, SMALL.but(straggler_ms=0.0, batch_size=128), repeats=1)
     said = str(found)

@@ -93,8 +93,9 @@ def speeds(monkeypatch):
         for (field, value), factor in factors.items():
             if getattr(recipe, field) == value:
                 rate *= factor
-        yield Finished(rank=0, steps=3, images=192, seconds=1.0, warmup_s=3.0, images_per_s=rate, step_s=0.3, waiting_s=0.1,
-                       communication_s=0.0, compute_s=0.2, peak_memory_mib=300.0, accuracy=0.5 if recipe.evaluate else None, staleness=None)
+        for rank in range(recipe.replicas):
+            yield Finished(rank=rank, steps=3, images=192, seconds=1.0, warmup_s=3.0, images_per_s=rate, step_s=0.3, waiting_s=0.1,
+                           communication_s=0.0, compute_s=0.2, peak_memory_mib=300.0, accuracy=0.5 if recipe.evaluate else None, staleness=None)
 
     monkeypatch.setattr("cnnlab.launch.run", run)
     run.factors, run.asked = factors, asked
@@ -139,6 +140,24 @@ def test_a_rung_that_fails_is_left_out_and_the_climb_goes_on(speeds, monkeypatch
     outcome = result(found.values(), {})
     assert [rung["name"] for rung in outcome["rungs"]] == ["baseline", "bf16"]
     assert outcome["best"] == "bf16" and "broken compiler" in outcome["impossible"]["torch.compile"]
+
+
+def test_a_failure_of_the_rung_below_is_not_blamed_on_the_candidate(speeds, monkeypatch):
+    speeds.factors.update({("threads", 4): 2.0})
+
+    def run(recipe, stop=None, env=None):
+        if recipe.threads == 4 and recipe.precision == "fp32" and len(speeds.asked) >= 6:       # it had run well, and then memory ran out
+            raise launch.RankError(0, "the process was killed", "")
+        return speeds(recipe, stop, env)
+
+    monkeypatch.setattr(launch, "run", run)
+    with pytest.raises(launch.RankError, match="killed"):
+        outcomes({"threads": {"threads": 4}, "bf16": {"precision": "bf16"}})
+
+
+def test_where_only_second_chances_were_chosen_there_is_still_the_baseline(speeds):
+    [baseline] = outcomes({AGAIN + "channels_last": {"memory_format": "channels_last"}}).values()
+    assert len(baseline.measurement.images_per_s) == 3 and baseline.kept
 
 
 def test_a_second_chance_goes_only_to_what_lost(speeds):

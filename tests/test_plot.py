@@ -62,6 +62,15 @@ def test_the_loss_of_ranks_is_their_mean(short_run):
     assert both == pytest.approx([loss + 0.5 for loss in alone])
 
 
+@pytest.mark.parametrize("guess", [0.5, 3.0, 40.0])
+def test_a_prediction_is_in_the_picture(ax, guess):
+    plot.scaling(ax, [1, 2], [Speedup(value=1.0, low=1.0, high=1.0, baseline="1"), Speedup(value=1.8, low=1.7, high=1.9, baseline="1")], prediction={2: guess})
+    assert ax.get_ylim()[0] < guess < ax.get_ylim()[1]
+    ax.clear()
+    plot.speedups(ax, {name: Measurement(name=name, recipe=Recipe(), images_per_s=(100.0, 101.0, 102.0)) for name in "ab"}, prediction=guess)
+    assert ax.get_xlim()[0] < guess * 101 < ax.get_xlim()[1]
+
+
 def test_the_mean_runs_over_the_last_ten_steps():
     values = list(range(30))
     assert plot._running_mean(values)[[0, 1, 9, 29]].tolist() == pytest.approx([0, 0.5, 4.5, 24.5])

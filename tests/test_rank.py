@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cnnlab import launch
+from cnnlab import launch, rank
 from cnnlab.events import Progress, Started
 from cnnlab.launch import RankError, ranks
 from cnnlab.model import SmallCNN
-from cnnlab.recipe import Recipe
+from cnnlab.recipe import Recipe, Refused
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
@@ -247,3 +247,17 @@ def test_ranks_listen_on_loopback_only():
             break
     assert listening and listening <= {"127.0.0.1", "::1"}
     assert ranks(lambda: os.environ["GLOO_SOCKET_IFNAME"], 1) == ["lo0" if sys.platform == "darwin" else "lo"]     # whatever this machine's name stands for
+
+
+@pytest.mark.parametrize("recipe, checkpoints, words", [
+    (Recipe(strategy="local-sgd", replicas=2), "kept", "keeps no checkpoints"), (Recipe(replicas=2), "file/kept", "cannot write checkpoints"),
+    (Recipe(strategy="async", replicas=2), None, "one machine")])
+def test_under_torchrun_what_cannot_be_done_is_refused_before_ranks_meet(tmp_path, monkeypatch, recipe, checkpoints, words):
+    (tmp_path / "file").touch()
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(Refused, match=words):
+        next(rank.train_here(recipe, checkpoints and tmp_path / checkpoints))
+    monkeypatch.setattr("cnnlab.machine.missing_for", lambda recipe: ["NVIDIA GPU missing: none here."])
+    with pytest.raises(Refused, match="NVIDIA GPU missing"):
+        next(rank.train_here(Recipe(replicas=2)))

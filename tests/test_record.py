@@ -96,6 +96,12 @@ def test_a_run_that_was_restarted_from_a_checkpoint_is_replayed_whole(tmp_path, 
     assert "end is missing" in record.load(tmp_path / "cut.jsonl").truncated       # a failure that was mended is no end
 
 
+def test_a_run_that_failed_before_it_had_started_is_replayed_whole(tmp_path, short_run):
+    events = [Restarted(rank=0, error="the process was killed", attempt=1), *short_run]
+    assert list(record.save(tmp_path / "run.jsonl", events, MACHINE)) == events
+    assert list(record.replay(tmp_path / "run.jsonl")) == events
+
+
 def test_losses_that_are_no_number_survive(tmp_path, short_run):
     progress = next(event for event in short_run if isinstance(event, Progress))
     list(record.save(tmp_path / "run.jsonl", [short_run[0], replace(progress, losses=[float("nan"), float("inf")])], MACHINE))

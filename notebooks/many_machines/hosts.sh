@@ -5,8 +5,8 @@
 #   hosts.sh --check                             says whether this machine can do it, and if not, why and the mend
 #
 # Hosts are called host0, host1, ... and know each other by name. COMMAND finds HOST, HOSTS, HOST_ADDRESS, FIRST_ADDRESS and
-# GLOO_SOCKET_IFNAME in its environment. Lines on standard input steer them: `kill 1` ends host 1 with all that runs in it, as if its
-# power had failed; `start 1` boots it again with the same COMMAND. Ends with 1 when the last run of COMMAND failed in any host.
+# GLOO_SOCKET_IFNAME in its environment. Lines on standard input steer them: `kill 1` ends host 1 with all that runs in it, as if it
+# had crashed; `start 1` boots it again with the same COMMAND. Ends with 1 when the last run of COMMAND failed in any host.
 set -u
 
 die() { echo "hosts.sh: $*" >&2; exit 2; }
