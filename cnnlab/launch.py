@@ -53,7 +53,7 @@ def run(recipe, stop=None, env=None, checkpoints=None, max_restarts=0, say=print
     the events end. `env`: environment variables for the ranks. `checkpoints`: a folder to keep them in and to go on from.
     `max_restarts`: how often all ranks may be started anew after one has failed. `say`: what to do with the lines that
     ranks print. Raises `Refused` before anything is started when this machine cannot run the recipe, and `RankError`,
-    after a `Failed` event, when a rank fails: a killed one is noticed at once, a halted one within 2 s, one that does not
+    after a `Failed` event, when a rank fails: a killed one is noticed at once, a halted one within 2.5 s, one that does not
     come to a collective operation after `TIMEOUT`.
     """
     lacking = machine.missing_for(recipe)
