@@ -47,7 +47,8 @@ def describe():
     compiler = _compiler()
     return Machine(name=_cpu_name(), system=f"{platform.system()} {platform.machine()}", cores=cores(),
                    memory_gib=round(psutil.virtual_memory().total / 2**30, 1), units=units, gpus=gpus, compiler=compiler,
-                   hardware=hardware, missing=_missing(hardware, gpus, compiler), versions=versions())
+                   hardware=hardware, missing=_missing(hardware, gpus, compiler),
+                   versions=versions() | {"torch": torch.__version__})        # which names its build, too
 
 
 def cores():
@@ -65,7 +66,7 @@ def affinity():
 def versions():
     """Versions of what decides the speed."""
     found = {"python": platform.python_version()}
-    for package in ("cnnlab", "torch", "numpy"):
+    for package in ("cnnlab", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
