@@ -116,7 +116,7 @@ def ladder(options):
     from .machine import describe
 
     device = "cuda" if describe().gpus else "cpu"
-    recorded = options.record and options.record / record.file_name("ladder", describe().to_dict(), device)
+    recorded = options.record and options.record / record.file_name("ladder", describe().to_dict())
     recipe = _recipe(options, {"model": "ResNet9", "learning_rate": 0.001, **(QUICK if options.quick else FULL)})
     if options.repeats is not None and options.repeats < 2:
         raise Refused(f"--repeats {options.repeats} is not allowed: a spread needs at least 2 runs.")
@@ -169,7 +169,7 @@ def _record_device(folder, device, quick):
     figures = {}
     for name, found in tqdm(everything(device, quick), total=len(NAMES) + 1, desc=f"measuring {device}", file=sys.stderr, leave=False, disable=None):
         figures[name] = found
-        record.write_json(path := folder / record.file_name("device", figures["machine"], device), figures)
+        record.write_json(path := folder / record.file_name("device", figures["machine"]), figures)
         if "failed" in found:
             print(f"{device}, {name}: failed: {found['failed']}", file=sys.stderr)
     print(f"measured {device}: {path}")

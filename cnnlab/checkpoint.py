@@ -59,12 +59,12 @@ def resume(folder, recipe, model, optimizer, schedule, scaler):
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-    newest = [str(path) for path in _kept(folder)[-1:]] or [None]
+    newest = _kept(folder)[-1:] or [None]
     if dist.is_initialized():
         dist.broadcast_object_list(newest)         # rank 0's choice: over a network, other machines may see the folder as it was before
-    if newest[0] is None:
+    [newest] = newest
+    if newest is None:
         return 0
-    newest = Path(newest[0])
     _check_recipe(newest, recipe)
     try:
         known = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata

@@ -1,6 +1,5 @@
 """Honest speedups: interleaved repeats, medians with spread, confidence intervals, and a refusal of unfair pairs."""
 
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,7 +121,7 @@ def measured(recipes, repeats=5, **options):
     from tqdm.auto import tqdm
 
     bar = tqdm(measure(recipes, repeats, **options), total=repeats * len(recipes), desc="measuring", leave=False)
-    return deque(bar, maxlen=1)[0]
+    return list(bar)[-1]
 
 
 def slowest(events):

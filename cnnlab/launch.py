@@ -20,11 +20,12 @@ from pathlib import Path
 import cloudpickle
 import psutil
 
-from . import checkpoint, data, machine
+from . import data
 from .events import Failed, Restarted
 from .rank import ECHOES, TIMEOUT
 from .rank import backend as rank_backend
 from .rank import main as rank_main
+from .rank import refuse_impossible
 from .recipe import Refused
 from .train import train
 
@@ -56,13 +57,9 @@ def run(recipe, stop=None, env=None, checkpoints=None, max_restarts=0, say=print
     after a `Failed` event, when a rank fails: a killed one is noticed at once, a halted one within 2.5 s, one that does not
     come to a collective operation after `TIMEOUT`.
     """
-    lacking = machine.missing_for(recipe)
-    if lacking:
-        raise Refused(" ".join(lacking))
     if not isinstance(max_restarts, int) or max_restarts < 0:
         raise Refused(f"max_restarts={max_restarts!r} is not allowed: it must be a whole number, 0 or more.")
-    if checkpoints:
-        checkpoint.check(checkpoints, recipe)
+    refuse_impossible(recipe, checkpoints)
     data.provide(recipe)             # here, so that a download happens once
     folder = checkpoints and str(Path(checkpoints).resolve())
     together = recipe.replicas > 1 or recipe.strategy == "ddp"
@@ -386,8 +383,9 @@ def _family(pids):
 
 def _forget(family):
     """Remove the blocks of shared memory that these left, killed between torch's opening of a block and its unlinking."""
+    pids = set(map(str, family))
     for block in Path("/dev/shm").glob("torch_*"):        # torch_<process id>_<random>_<number>, on Linux
-        if block.name.split("_")[1] in {str(pid) for pid in family}:
+        if block.name.split("_")[1] in pids:
             block.unlink(missing_ok=True)
 
 

@@ -47,8 +47,7 @@ def describe():
     compiler = _compiler()
     return Machine(name=_cpu_name(), system=f"{platform.system()} {platform.machine()}", cores=cores(),
                    memory_gib=round(psutil.virtual_memory().total / 2**30, 1), units=units, gpus=gpus, compiler=compiler,
-                   hardware=hardware, missing=_missing(hardware, gpus, compiler),
-                   versions=versions() | {"torch": torch.__version__})        # which names its build, too
+                   hardware=hardware, missing=_missing(hardware, gpus, compiler), versions=versions())
 
 
 def cores():
@@ -65,7 +64,9 @@ def affinity():
 
 def versions():
     """Versions of what decides the speed."""
-    found = {"python": platform.python_version()}
+    import torch
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}       # by itself torch names its build, too
     for package in ("cnnlab", "numpy"):
         try:
             found[package] = version(package)

@@ -111,9 +111,9 @@ class Scaling(Panel):
         if isinstance(event, list):             # both have run
             ours, baseline = event
             gain, world = ours.images_per_s / baseline.images_per_s, len(self.events and {e.rank for e in self.events})
-            share = None if ours.communication_s is None else f"; {100 * ours.communication_s / ours.step_s:.0f}% of a step waiting for other ranks"
+            share = "" if ours.communication_s is None else f"; {100 * ours.communication_s / ours.step_s:.0f}% of a step waiting for other ranks"
             return 1.0, (f"{self.label}: {ours.images_per_s:,.0f} images/s, <b>{gain:.2f} times</b> one rank without DDP ({baseline.images_per_s:,.0f})"
-                         + (share or "") + crowd(world, self.base.threads) + simulated(self.shown))
+                         + share + crowd(world, self.base.threads) + simulated(self.shown))
         self.events.append(event)
         said = told(event, next((e for e in self.events if isinstance(e, Started)), None))
         half = 0.0 if "with DDP" in self.label else 0.5

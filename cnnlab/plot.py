@@ -139,7 +139,7 @@ def ladder(ax, rungs, prediction=None, recorded=None, running=None):
     """The ladder so far: a bar a rung, speedup over the naive baseline with its 95% confidence interval.
 
     `rungs`: rungs as JSON has them (`Rung.to_dict`), from the ground up; those that lost are grey. `prediction`:
-    of the best rung's speedup. `recorded`: {"machine": {"name": ...}, "rungs": [...]} of another machine, drawn as
+    of the best rung's speedup. `recorded`: what `cnnlab ladder --json` wrote on another machine, drawn as
     diamonds beside the rungs of the same name. `running`: name of the rung being measured.
     """
     names = [rung["name"] for rung in rungs] + ([running] if running and running not in [rung["name"] for rung in rungs] else [])
@@ -157,7 +157,7 @@ def ladder(ax, rungs, prediction=None, recorded=None, running=None):
                     textcoords="offset points", va="center", fontsize=9, bbox=CLEAR)
     if others:
         points = [(value, names.index(name)) for name, value in others.items()]
-        where = f"recorded: {place(recorded['machine'])}" + (f", batch {recorded['recipe']['batch_size']}" if "recipe" in recorded else "")
+        where = f"recorded: {place(recorded['machine'])}, batch {recorded['recipe']['batch_size']}"
         ax.plot(*zip(*points), "D", color=RECORDED, markersize=5, markerfacecolor="none", label=where)
     if prediction:
         ax.axvline(prediction, color=PREDICTED, linestyle=":", linewidth=2, label=f"your prediction: {prediction:g}x")
@@ -172,7 +172,7 @@ def ladder(ax, rungs, prediction=None, recorded=None, running=None):
 
 def place(machine):
     """A machine, as JSON has it, in a few words: processor, cores, GPUs."""
-    return ", ".join([machine["name"], f"{machine['cores']} cores", *machine.get("gpus", ())])
+    return ", ".join([machine["name"], f"{machine['cores']} cores", *machine["gpus"]])
 
 
 def roofline(ax, peaks, points=None, precision="fp32"):

@@ -91,15 +91,20 @@ def join(backend, **how):
     dist.init_process_group = dist.distributed_c10d.init_process_group = init_process_group
 
 
+def refuse_impossible(recipe, checkpoints=None):
+    """Raise `Refused` where this machine cannot run the recipe, or keep its checkpoints in that folder."""
+    if lacking := machine.missing_for(recipe):
+        raise Refused(" ".join(lacking))
+    if checkpoints:
+        checkpoint.check(checkpoints, recipe)
+
+
 def train_here(recipe, checkpoints=None):
     """Under torchrun, which has started `recipe.replicas` ranks: the events of this one, and at the end, in rank 0, those of all."""
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if recipe.strategy == "async" and os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
         raise Refused("strategy='async' is for one machine: its ranks share memory. Take 'ddp' or 'local-sgd' for several.")
-    if lacking := machine.missing_for(recipe):
-        raise Refused(" ".join(lacking))
-    if checkpoints:
-        checkpoint.check(checkpoints, recipe)
+    refuse_impossible(recipe, checkpoints)
     _settle(local, int(os.environ["LOCAL_WORLD_SIZE"]))
     join(backend(recipe, int(os.environ["LOCAL_WORLD_SIZE"])), timeout=timedelta(seconds=TIMEOUT))
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))      # a download may take longer than a collective operation

@@ -106,9 +106,9 @@ def recorded_ladders(folder=Path(__file__).parent.parent / "notebooks" / "record
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("ladder-*.json"))}
 
 
-def file_name(kind, machine, device):
+def file_name(kind, machine):
     """What a file about a machine (as JSON has it) is called, such as "ladder-nvidia-h200.json" or "device-amd-epyc-2-cores.json"."""
-    name = machine["gpus"][0] if device == "cuda" else f"{machine['name']} {machine['cores']} cores"
+    name = machine["gpus"][0] if machine["gpus"] else f"{machine['name']} {machine['cores']} cores"
     return f"{kind}-" + re.sub(r"\W+", "-", name.lower()).strip("-") + ".json"
 
 

@@ -116,8 +116,8 @@ def train(recipe, rank=0, world=1, checkpoints=None):
     timed, trained, seconds, waiting, exposed = (now - then for now, then in zip(reported, warm))
     timed = max(1, timed)                    # under async, the others may have left this rank nothing to do
     exchanged = exposed / timed if device.type == "cpu" else None
-    yield Finished(rank=rank, steps=step, images=parts() * share, seconds=clock.seconds, warmup_s=warm[2], images_per_s=trained * share / seconds if seconds else 0.0,
-                   step_s=seconds / timed, waiting_s=waiting / timed, communication_s=exchanged,
+    yield Finished(rank=rank, steps=step, images=parts() * share, seconds=clock.seconds, warmup_s=warm[2],
+                   images_per_s=trained * share / seconds if seconds else 0.0, step_s=seconds / timed, waiting_s=waiting / timed, communication_s=exchanged,
                    compute_s=(seconds - waiting - exposed) / timed, peak_memory_mib=speed.peak_memory_mib(device), accuracy=accuracy,
                    staleness=shared.stale / max(1, shared.own) if shared else None)
 

@@ -15,6 +15,7 @@ from cnnlab.recipe import Recipe
 
 BASE = Recipe(model="ResNet9", batch_size=64, steps=3, warmup_steps=1)
 LAPTOP = replace(machine.describe(), cores=4, gpus=(), compiler="/usr/bin/g++", missing={"NVIDIA GPU": "none here", "second GPU": "needs two"})
+WITH_GPU = replace(LAPTOP, gpus=("A",), missing={"second GPU": "needs two"})
 
 
 def test_a_laptop_can_try_all_but_the_gpu():
@@ -37,7 +38,7 @@ def test_without_a_compiler_there_is_no_torch_compile():
 
 
 def test_a_gpu_adds_its_own_rungs():
-    rungs, why_not = techniques(replace(LAPTOP, gpus=("A",), missing={"second GPU": "needs two"}))
+    rungs, why_not = techniques(WITH_GPU)
     assert rungs["GPU"] == {"device": "cuda", "precision": "fp32", "memory_format": "contiguous"}       # its own way up, not the CPU's
     assert rungs["TF32 on the GPU"] == {"device": "cuda", "precision": "tf32"}                          # possible where the rung before it lost, too
     assert why_not == {"replicas": "needs two", **dict.fromkeys(("torch.compile", "compiled except pooling"), "it is tried on the GPU")}
@@ -46,14 +47,14 @@ def test_a_gpu_adds_its_own_rungs():
 
 def test_a_gpu_that_loses_does_not_end_the_climb(speeds):
     speeds.factors.update({("device", "cuda"): 0.1, ("precision", "bf16"): 2.0})
-    rungs, _ = techniques(replace(LAPTOP, gpus=("A",), missing={"second GPU": "needs two"}))
+    rungs, _ = techniques(WITH_GPU)
     found = outcomes(rungs)
     assert found["bf16"].kept and found["GPU"].kept is False and {name for name, change in rungs.items() if "device" in change} <= set(found)
 
 
 def test_the_gpu_is_climbed_from_plain_fp32_whatever_paid_on_the_cpu(speeds):
     speeds.factors.update({("device", "cuda"): 20.0, ("precision", "bf16"): 2.0, ("memory_format", "channels_last"): 1.5})
-    rungs, _ = techniques(replace(LAPTOP, gpus=("A",), missing={"second GPU": "needs two"}))
+    rungs, _ = techniques(WITH_GPU)
     found = outcomes(rungs)
     assert {name: found[name].kept for name in ("GPU", "TF32 on the GPU", "channels_last on the GPU", "bf16 on the GPU")} == {
         "GPU": True, "TF32 on the GPU": False, "channels_last on the GPU": True, "bf16 on the GPU": True}

@@ -192,7 +192,7 @@ def test_speedups_show_medians_over_the_first(ax):
 
 def test_the_ladder_shows_what_was_kept_what_lost_and_what_runs(ax):
     rungs = [rung("baseline"), rung("threads", 2.0), rung("bf16", 0.5, kept=False), rung("compile", 1.0, kept=None, ci=[0.0, float("inf")])]
-    recorded = {"machine": {"name": "big box", "cores": 64}, "rungs": [rung("threads", 9.0), rung("GPU", 50.0)]}
+    recorded = {"machine": {"name": "big box", "cores": 64, "gpus": []}, "recipe": {"batch_size": 32}, "rungs": [rung("threads", 9.0), rung("GPU", 50.0)]}
     plot.ladder(ax, rungs, prediction=4, recorded=recorded, running="replicas")
     assert [bar.get_width() for bar in ax.patches] == [1, 2, 0.5, 1]
     assert len({bar.get_facecolor() for bar in ax.patches}) == 3
@@ -203,7 +203,7 @@ def test_the_ladder_shows_what_was_kept_what_lost_and_what_runs(ax):
 
 
 @pytest.mark.parametrize("rungs, options", [([], {}), ([], {"running": "baseline"}), ([rung("baseline")], {}),
-                                            ([rung("baseline")], {"recorded": {"machine": {"name": "x", "cores": 1}, "rungs": []}})], ids=str)
+                                            ([rung("baseline")], {"recorded": {"machine": {"name": "x", "cores": 1, "gpus": []}, "recipe": {"batch_size": 32}, "rungs": []}})], ids=str)
 def test_an_early_ladder_can_be_drawn(ax, rungs, options):
     plot.ladder(ax, rungs, **options)
     render(ax)

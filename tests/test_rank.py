@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cnnlab import launch, rank
+from cnnlab import launch
 from cnnlab.events import Progress, Started
 from cnnlab.launch import RankError, ranks
 from cnnlab.model import SmallCNN
+from cnnlab.rank import train_here
 from cnnlab.recipe import Recipe, Refused
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -257,7 +258,7 @@ def test_under_torchrun_what_cannot_be_done_is_refused_before_ranks_meet(tmp_pat
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(Refused, match=words):
-        next(rank.train_here(recipe, checkpoints and tmp_path / checkpoints))
+        next(train_here(recipe, checkpoints and tmp_path / checkpoints))
     monkeypatch.setattr("cnnlab.machine.missing_for", lambda recipe: ["NVIDIA GPU missing: none here."])
     with pytest.raises(Refused, match="NVIDIA GPU missing"):
-        next(rank.train_here(Recipe(replicas=2)))
+        next(train_here(Recipe(replicas=2)))
