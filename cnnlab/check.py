@@ -11,7 +11,9 @@ def report(exercise, cases):
     for tried, expected, got in cases:
         agrees = _agree(expected, got)
         right = right and agrees
-        lines.append(f"{'ok   ' if agrees else 'wrong'}  {tried}: expected {_short(expected)}, got {_short(got)}")
+        lines.append(
+            f"{'ok   ' if agrees else 'wrong'}  {tried}: expected {_short(expected)}, got {_short(got)}"
+        )
     print(f"Exercise {exercise}: " + ("solved." if right else "not yet."))
     print("\n".join(lines))
     return right
@@ -24,13 +26,19 @@ def answer(exercise, expected, got):
 
 def function(exercise, spec, got, inputs):
     """Call the learner's function and the spec on the same inputs (tuples of arguments), and compare."""
-    return report(exercise, [(f"for {', '.join(map(_short, values))}", spec(*values), _call(got, values)) for values in inputs])
+    return report(
+        exercise,
+        [
+            (f"for {', '.join(map(_short, values))}", spec(*values), _call(got, values))
+            for values in inputs
+        ],
+    )
 
 
 def _call(function, values):
     try:
         return function(*values)
-    except Exception as error:      # the learner's code may do anything
+    except Exception as error:  # the learner's code may do anything
         return error
 
 
@@ -39,7 +47,9 @@ def _agree(expected, got):
         return False
     try:
         if isinstance(expected, torch.Tensor):
-            return expected.shape == got.shape and torch.allclose(expected, got.to(expected.dtype), rtol=1e-3, atol=1e-4)
+            return expected.shape == got.shape and torch.allclose(
+                expected, got.to(expected.dtype), rtol=1e-3, atol=1e-4
+            )
         if isinstance(expected, float):
             return math.isclose(float(got), expected, rel_tol=1e-3, abs_tol=1e-6)
         return bool(expected == got)
@@ -50,7 +60,9 @@ def _agree(expected, got):
 def _short(value):
     if isinstance(value, torch.Tensor):
         few = [round(number, 4) for number in value.flatten().tolist()[:5]]
-        return f"a tensor of shape {tuple(value.shape)}" + (f" {few}" if len(few) < 5 else f" with mean {value.float().mean():.4f}")
+        return f"a tensor of shape {tuple(value.shape)}" + (
+            f" {few}" if len(few) < 5 else f" with mean {value.float().mean():.4f}"
+        )
     if value is ...:
         return "nothing yet (...)"
     return f"{type(value).__name__}: {value}" if isinstance(value, Exception) else repr(value)

@@ -17,14 +17,14 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 class Machine:
     """What `describe()` found. `missing` gives, for each capability that is absent, what it would take."""
 
-    name: str                         # the processor, as it calls itself
+    name: str  # the processor, as it calls itself
     system: str
-    cores: int                        # that this process may use
+    cores: int  # that this process may use
     memory_gib: float
-    units: tuple[str, ...]            # vector and matrix units of the CPU
+    units: tuple[str, ...]  # vector and matrix units of the CPU
     gpus: tuple[str, ...]
-    compiler: str | None              # path of the C++ compiler that torch.compile would use
-    hardware: dict[str, bool]         # precision: computed by the CPU itself (else emulated, and slow)
+    compiler: str | None  # path of the C++ compiler that torch.compile would use
+    hardware: dict[str, bool]  # precision: computed by the CPU itself (else emulated, and slow)
     missing: dict[str, str]
     versions: dict[str, str]
 
@@ -40,14 +40,32 @@ def describe():
 
     flags = _cpu_flags()
     units = tuple(name for name, flag in _UNITS.items() if flag in flags)
-    library = torch.backends.mkldnn.is_available()          # oneDNN: without it, as on macOS, torch does not use these units in convolutions
-    hardware = {"fp32": True, "bf16": library and bool({"amx_bf16", "avx512_bf16", "bf16"} & flags),
-                "fp16": library and bool({"amx_fp16", "avx512_fp16", "asimdhp"} & flags)}
-    gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
+    library = (
+        torch.backends.mkldnn.is_available()
+    )  # oneDNN: without it, as on macOS, torch does not use these units in convolutions
+    hardware = {
+        "fp32": True,
+        "bf16": library and bool({"amx_bf16", "avx512_bf16", "bf16"} & flags),
+        "fp16": library and bool({"amx_fp16", "avx512_fp16", "asimdhp"} & flags),
+    }
+    gpus = (
+        tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        if torch.cuda.is_available()
+        else ()
+    )
     compiler = _compiler()
-    return Machine(name=_cpu_name(), system=f"{platform.system()} {platform.machine()}", cores=cores(),
-                   memory_gib=round(psutil.virtual_memory().total / 2**30, 1), units=units, gpus=gpus, compiler=compiler,
-                   hardware=hardware, missing=_missing(hardware, gpus, compiler), versions=versions())
+    return Machine(
+        name=_cpu_name(),
+        system=f"{platform.system()} {platform.machine()}",
+        cores=cores(),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        units=units,
+        gpus=gpus,
+        compiler=compiler,
+        hardware=hardware,
+        missing=_missing(hardware, gpus, compiler),
+        versions=versions(),
+    )
 
 
 def cores():
@@ -57,7 +75,7 @@ def cores():
     return cpu_count()
 
 
-def affinity():
+def cpu_affinity():
     """The cores that this process is kept on, by number; None where the system does not tell."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
@@ -66,7 +84,10 @@ def versions():
     """Versions of what decides the speed."""
     import torch
 
-    found = {"python": platform.python_version(), "torch": torch.__version__}       # by itself torch names its build, too
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }  # by itself torch names its build, too
     for package in ("cnnlab", "numpy"):
         try:
             found[package] = version(package)
@@ -78,84 +99,56 @@ def versions():
 def missing_for(recipe):
     """One sentence for each thing that `recipe` needs and this machine lacks; empty when it can run here."""
     machine = describe()
-    needs = {"NVIDIA GPU": recipe.device == "cuda", "C++ compiler": recipe.compiler != "eager" and recipe.device == "cpu"}
-    lacking = [f"{name} missing: {machine.missing[name]}" for name, needed in needs.items() if needed and name in machine.missing]
+    needs = {
+        "NVIDIA GPU": recipe.device == "cuda",
+        "C++ compiler": recipe.compiler != "eager" and recipe.device == "cpu",
+    }
+    lacking = [
+        f"{name} missing: {machine.missing[name]}"
+        for name, needed in needs.items()
+        if needed and name in machine.missing
+    ]
     if recipe.strategy == "async" and os.name != "posix":
         lacking.append("strategy='async' needs POSIX file locks: Linux or macOS.")
     return lacking
 
 
-def peak_flops(precision="fp32", device="cpu", threads=None, size=2048):
-    """Measured FLOP/s of the fastest large operation: (median, first quartile, third quartile).
-
-    That is a (size, size) matrix product, which takes 2 size^3 floating point operations, or, on a CPU, a 3x3
-    convolution of 128 channels of about as many: the two come from different libraries, and either may be ahead.
-    """
-    import torch
-    from torch.nn.functional import conv2d
-
-    dtype = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    candidates = [(2 * size**3, "a @ b", {"a": a, "b": b})]
-    if device == "cpu":
-        images = max(1, size**3 // (32 * 32 * 128 * 128 * 9))
-        x, w = (torch.randn(shape).to(dtype, memory_format=torch.channels_last) for shape in ((images, 128, 32, 32), (128, 128, 3, 3)))
-        candidates.append((2 * images * 32 * 32 * 128 * 128 * 9, "conv2d(x, w, padding=1)", {"conv2d": conv2d, "x": x, "w": w}))
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        with torch.no_grad():
-            return max(tuple(flops / seconds for seconds in _timed(statement, values, threads)) for flops, statement, values in candidates)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def copy_bandwidth(device="cpu", threads=None, mib=256):
-    """Measured bytes/s of a copy, read and write both counted: (median, first quartile, third quartile)."""
-    import torch
-
-    source = torch.ones(mib * 2**20 // 4, device=device)
-    target = torch.empty_like(source)
-    moved = 2 * source.numel() * 4
-    return tuple(moved / seconds for seconds in _timed("target.copy_(source)", {"target": target, "source": source}, threads))
-
-
-def peaks(device="cpu"):
-    """The machine's measured roofline: {precision: FLOP/s} for all it computes, and 'copy': bytes/s; medians."""
-    names = PRECISIONS if device == "cuda" else ("fp32", "bf16", "fp16")
-    size = 8192 if device == "cuda" else 1024
-    return {**{name: peak_flops(name, device, size=size)[0] for name in names}, "copy": copy_bandwidth(device)[0]}
-
-
-def _timed(statement, values, threads):
-    """Seconds of one run of a statement, as (median, slow quartile, fast quartile); the timer fences the GPU."""
-    import numpy as np
-    from torch.utils.benchmark import Timer
-
-    timer = Timer(statement, globals=values, num_threads=threads or cores())
-    times = timer.blocked_autorange(min_run_time=0.2).times
-    return tuple(float(seconds) for seconds in np.percentile(times, (50, 75, 25)))
-
-
-_UNITS = {"AVX2": "avx2", "AVX-512": "avx512f", "AVX-512 BF16": "avx512_bf16", "AVX-512 FP16": "avx512_fp16",
-          "AMX BF16": "amx_bf16", "AMX FP16": "amx_fp16", "AMX INT8": "amx_int8",
-          "NEON": "asimd", "SVE": "sve", "BF16": "bf16"}
+_UNITS = {
+    "AVX2": "avx2",
+    "AVX-512": "avx512f",
+    "AVX-512 BF16": "avx512_bf16",
+    "AVX-512 FP16": "avx512_fp16",
+    "AMX BF16": "amx_bf16",
+    "AMX FP16": "amx_fp16",
+    "AMX INT8": "amx_int8",
+    "NEON": "asimd",
+    "SVE": "sve",
+    "BF16": "bf16",
+}
 
 
 def _cpu_flags():
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return set(next(line for line in lines if line.startswith(("flags", "Features"))).split(":")[1].split())
+        return set(
+            next(line for line in lines if line.startswith(("flags", "Features")))
+            .split(":")[1]
+            .split()
+        )
     except (OSError, StopIteration):
-        if platform.machine() == "arm64":                        # Apple: every M-series chip has these two
-            return {"asimd", "asimdhp"} | ({"bf16"} if _sysctl("hw.optional.arm.FEAT_BF16") == "1" else set())
+        if platform.machine() == "arm64":  # Apple: every M-series chip has these two
+            return {"asimd", "asimdhp"} | (
+                {"bf16"} if _sysctl("hw.optional.arm.FEAT_BF16") == "1" else set()
+            )
         return set((_sysctl("machdep.cpu.leaf7_features") or "").lower().split())
 
 
 def _cpu_name():
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
+        return (
+            next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
+        )
     except (OSError, StopIteration):
         return _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
 
@@ -163,7 +156,10 @@ def _cpu_name():
 def _sysctl(name):
     if sys.platform != "darwin":
         return None
-    return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True).stdout.strip() or None
+    return (
+        subprocess.run(["sysctl", "-n", name], capture_output=True, text=True).stdout.strip()
+        or None
+    )
 
 
 def _compiler():
@@ -174,15 +170,29 @@ def _compiler():
 def _missing(hardware, gpus, compiler):
     import torch
 
-    built = f"or this torch ({torch.__version__}), built without CUDA, cannot see it" if not torch.version.cuda else "or its driver is not installed, or too old for this torch"
+    built = (
+        f"or this torch ({torch.__version__}), built without CUDA, cannot see it"
+        if not torch.version.cuda
+        else "or its driver is not installed, or too old for this torch"
+    )
     reasons = {
-        "NVIDIA GPU": None if gpus else f"torch sees none: either the machine has none, {built}. GPU lessons show recorded runs where there are some; "
-                                        "Colab or a machine with an NVIDIA GPU and a CUDA build of torch runs them live.",
-        "second GPU": None if len(gpus) > 1 else "runs on several GPUs need a machine with at least two.",
-        "C++ compiler": None if compiler else "torch.compile writes C++ for the CPU and needs g++ or clang++: "
-                                              "apt install g++, xcode-select --install, or conda install cxx-compiler.",
-        "bf16 units": None if hardware["bf16"] else "this CPU emulates bf16, so it is likely to be slow; "
-                                                    "AMX, AVX-512 BF16 or a recent ARM chip computes it in hardware.",
-        "fp16 units": None if hardware["fp16"] else "this CPU emulates fp16, so it is likely to be slow; take bf16 where that has hardware.",
+        "NVIDIA GPU": None
+        if gpus
+        else f"torch sees none: either the machine has none, {built}. GPU lessons show recorded runs where there are some; "
+        "Colab or a machine with an NVIDIA GPU and a CUDA build of torch runs them live.",
+        "second GPU": None
+        if len(gpus) > 1
+        else "runs on several GPUs need a machine with at least two.",
+        "C++ compiler": None
+        if compiler
+        else "torch.compile writes C++ for the CPU and needs g++ or clang++: "
+        "apt install g++, xcode-select --install, or conda install cxx-compiler.",
+        "bf16 units": None
+        if hardware["bf16"]
+        else "this CPU emulates bf16, so it is likely to be slow; "
+        "AMX, AVX-512 BF16 or a recent ARM chip computes it in hardware.",
+        "fp16 units": None
+        if hardware["fp16"]
+        else "this CPU emulates fp16, so it is likely to be slow; take bf16 where that has hardware.",
     }
     return {name: reason for name, reason in reasons.items() if reason}

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .recipe import Refused
+from cnnlab.recipe import CnnlabError
 
 
 class SmallCNN(nn.Sequential):
@@ -14,9 +14,18 @@ class SmallCNN(nn.Sequential):
 
     def __init__(self, channels=3, size=32, classes=10, width=16):
         super().__init__()
-        self.add_module("stage1", nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)))
-        self.add_module("stage2", nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)))
-        self.add_module("classifier", nn.Sequential(nn.Flatten(), nn.Linear(2 * width * (size // 4) ** 2, classes)))
+        self.add_module(
+            "stage1",
+            nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        )
+        self.add_module(
+            "stage2",
+            nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        )
+        self.add_module(
+            "classifier",
+            nn.Sequential(nn.Flatten(), nn.Linear(2 * width * (size // 4) ** 2, classes)),
+        )
 
 
 class Residual(nn.Sequential):
@@ -39,7 +48,11 @@ class Scale(nn.Module):
 
 def conv_block(inputs, outputs, pool=False):
     """Convolution, batch normalisation, ReLU, and perhaps 2x2 max-pooling."""
-    layers = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    layers = [
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*layers, nn.MaxPool2d(2)) if pool else nn.Sequential(*layers)
 
 
@@ -53,13 +66,30 @@ class ResNet9(nn.Sequential):
         super().__init__()
         w = width
         self.add_module("stem", conv_block(channels, w))
-        self.add_module("stage1", nn.Sequential(conv_block(w, 2 * w, pool=True),
-                                                Residual(conv_block(2 * w, 2 * w), conv_block(2 * w, 2 * w))))
+        self.add_module(
+            "stage1",
+            nn.Sequential(
+                conv_block(w, 2 * w, pool=True),
+                Residual(conv_block(2 * w, 2 * w), conv_block(2 * w, 2 * w)),
+            ),
+        )
         self.add_module("stage2", conv_block(2 * w, 4 * w, pool=True))
-        self.add_module("stage3", nn.Sequential(conv_block(4 * w, 8 * w, pool=True),
-                                                Residual(conv_block(8 * w, 8 * w), conv_block(8 * w, 8 * w))))
-        self.add_module("classifier", nn.Sequential(nn.MaxPool2d(size // 8), nn.Flatten(),
-                                                    nn.Linear(8 * w, classes, bias=False), Scale(0.125)))
+        self.add_module(
+            "stage3",
+            nn.Sequential(
+                conv_block(4 * w, 8 * w, pool=True),
+                Residual(conv_block(8 * w, 8 * w), conv_block(8 * w, 8 * w)),
+            ),
+        )
+        self.add_module(
+            "classifier",
+            nn.Sequential(
+                nn.MaxPool2d(size // 8),
+                nn.Flatten(),
+                nn.Linear(8 * w, classes, bias=False),
+                Scale(0.125),
+            ),
+        )
 
 
 class VGG(nn.Sequential):
@@ -78,10 +108,20 @@ class VGG(nn.Sequential):
                 layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.ReLU()]
                 channels = outputs
             self.add_module(f"stage{number}", nn.Sequential(*layers, nn.MaxPool2d(2)))
-        hidden = 64 * width                                   # 4096 in the paper
-        self.add_module("classifier", nn.Sequential(
-            nn.Flatten(), nn.Linear(channels * (size // 32) ** 2, hidden), nn.ReLU(), nn.Dropout(),
-            nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(), nn.Linear(hidden, classes)))
+        hidden = 64 * width  # 4096 in the paper
+        self.add_module(
+            "classifier",
+            nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(channels * (size // 32) ** 2, hidden),
+                nn.ReLU(),
+                nn.Dropout(),
+                nn.Linear(hidden, hidden),
+                nn.ReLU(),
+                nn.Dropout(),
+                nn.Linear(hidden, classes),
+            ),
+        )
 
 
 def VGG16(**shape):
@@ -96,17 +136,24 @@ def VGG19(**shape):
 
 def build(recipe, shape):
     """The recipe's model for images of `shape` (channels, size, classes), initialised from the recipe's seed."""
-    models = {"SmallCNN": (SmallCNN, 4), "ResNet9": (ResNet9, 8), "VGG16": (VGG16, 32), "VGG19": (VGG19, 32)}
+    models = {
+        "SmallCNN": (SmallCNN, 4),
+        "ResNet9": (ResNet9, 8),
+        "VGG16": (VGG16, 32),
+        "VGG19": (VGG19, 32),
+    }
     model, multiple = models[recipe.model]
     channels, size, classes = shape
     if size % multiple:
-        raise Refused(f"{recipe.model} takes images whose side is a multiple of {multiple} pixels, not {size}: "
-                      f"change image_size or the data.")
+        raise CnnlabError(
+            f"{recipe.model} takes images whose side is a multiple of {multiple} pixels, not {size}: "
+            f"change image_size or the data."
+        )
     width = {} if recipe.width is None else {"width": recipe.width}
     torch.manual_seed(recipe.seed)
     return model(channels=channels, size=size, classes=classes, **width)
 
 
-def parameters(model):
+def count_parameters(model):
     """How many trainable numbers the model has."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .recipe import Refused
+from cnnlab.recipe import CnnlabError
 
 
 def amdahl(workers, serial):
@@ -10,7 +10,7 @@ def amdahl(workers, serial):
 
     S(n) = 1 / (serial + (1 - serial) / n): G. M. Amdahl, "Validity of the single processor approach" (1967).
     """
-    _share(serial)
+    _check_fraction(serial)
     return 1 / (serial + (1 - serial) / np.asarray(workers, float))
 
 
@@ -19,11 +19,11 @@ def gustafson(workers, serial):
 
     S(n) = serial + (1 - serial) n: J. L. Gustafson, "Reevaluating Amdahl's law" (1988).
     """
-    _share(serial)
+    _check_fraction(serial)
     return serial + (1 - serial) * np.asarray(workers, float)
 
 
-def fit_serial(workers, speedups, law=amdahl):
+def fit_serial_fraction(workers, speedups, law=amdahl):
     """The serial share, 0 to 1, for which the law, `amdahl` or `gustafson`, comes nearest to measured speedups.
 
     Least squares where the law is a straight line: 1/S - 1/n = serial (1 - 1/n), and n - S = serial (n - 1). Needs a point with
@@ -31,19 +31,13 @@ def fit_serial(workers, speedups, law=amdahl):
     """
     n, s = np.asarray(workers, float), np.asarray(speedups, float)
     if not (n > 1).any():
-        raise Refused(f"workers={list(workers)} has no point with more than one worker: measure 2 or more as well.")
+        raise CnnlabError(
+            f"workers={list(workers)} has no point with more than one worker: measure 2 or more as well."
+        )
     x, y = (1 - 1 / n, 1 / s - 1 / n) if law is amdahl else (n - 1, n - s)
     return float(np.clip((x @ y) / (x @ x), 0, 1))
 
 
-def all_reduce_s(bytes, ranks, latency_s=0.0, bytes_per_s=float("inf")):
-    """Seconds of a ring all-reduce by the alpha-beta model: every message costs a latency, and its bytes over the bandwidth.
-
-    T = 2 (N - 1) (alpha + bytes / (N beta)): Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication" (2005).
-    """
-    return 2 * (ranks - 1) * (latency_s + bytes / ranks / bytes_per_s)
-
-
-def _share(serial):
+def _check_fraction(serial):
     if not 0 <= serial <= 1:
-        raise Refused(f"serial={serial!r} is not allowed: it is a share, from 0 to 1.")
+        raise CnnlabError(f"serial={serial!r} is not allowed: it is a share, from 0 to 1.")

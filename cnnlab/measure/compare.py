@@ -4,11 +4,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .events import Finished
-from .recipe import Recipe, Refused, changes
+from cnnlab.events import Finished
+from cnnlab.recipe import CnnlabError, Recipe, changes
 
-TECHNIQUES = ("device", "threads", "loader", "loader_workers", "precision", "memory_format", "pooling", "compiler", "replicas", "strategy", "compression",
-              "bucket_mb", "accumulate", "sync_every", "staleness")
+TECHNIQUE_FIELDS = (
+    "device",
+    "threads",
+    "loader",
+    "loader_workers",
+    "precision",
+    "memory_format",
+    "pooling",
+    "compiler",
+    "replicas",
+    "strategy",
+    "compression",
+    "bucket_mb",
+    "accumulate",
+    "sync_every",
+    "staleness",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +33,11 @@ class Measurement:
     name: str
     recipe: Recipe
     images_per_s: tuple[float, ...] = ()
-    compile_s: float | None = None        # of the first repeat, above what its warm-up steps take once compiled
+    compile_s: float | None = (
+        None  # of the first repeat, above what its warm-up steps take once compiled
+    )
     peak_memory_mib: float | None = None
-    accuracy: float | None = None         # held out, after the recipe's steps
+    accuracy: float | None = None  # held out, after the recipe's steps
 
     @property
     def quartiles(self):
@@ -32,10 +49,19 @@ class Measurement:
         compile_s = self.compile_s
         if compile_s is None:
             compiled = self.recipe.compiler != "eager"
-            compile_s = max(0.0, finished.warmup_s - self.recipe.warmup_steps * finished.step_s) if compiled else 0.0
-        return Measurement(name=self.name, recipe=self.recipe, images_per_s=(*self.images_per_s, finished.images_per_s), compile_s=compile_s,
-                           peak_memory_mib=max(self.peak_memory_mib or 0.0, finished.peak_memory_mib),
-                           accuracy=finished.accuracy if self.accuracy is None else self.accuracy)
+            compile_s = (
+                max(0.0, finished.warmup_s - self.recipe.warmup_steps * finished.step_s)
+                if compiled
+                else 0.0
+            )
+        return Measurement(
+            name=self.name,
+            recipe=self.recipe,
+            images_per_s=(*self.images_per_s, finished.images_per_s),
+            compile_s=compile_s,
+            peak_memory_mib=max(self.peak_memory_mib or 0.0, finished.peak_memory_mib),
+            accuracy=finished.accuracy if self.accuracy is None else self.accuracy,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,68 +94,106 @@ def speedup(baseline, other, paired=True):
     """
     a, b = np.log(baseline.images_per_s), np.log(other.images_per_s)
     if paired and len(a) != len(b):
-        raise Refused(f"{baseline.name} has {len(a)} repeats and {other.name} {len(b)}: pairs need as many of each; take paired=False.")
+        raise CnnlabError(
+            f"{baseline.name} has {len(a)} repeats and {other.name} {len(b)}: pairs need as many of each; take paired=False."
+        )
     value = float(np.exp((b - a).mean() if paired else b.mean() - a.mean()))
     if min(len(a), len(b)) < 2:
         return Speedup(value=value, low=0.0, high=float("inf"), baseline=baseline.name)
     from scipy import stats
+
     if paired:
         mean, error, freedom = (b - a).mean(), stats.sem(b - a), len(a) - 1
         interval = stats.t.interval(0.95, freedom, mean, error) if error else (mean, mean)
     else:
         interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-    return Speedup(value=value, low=float(np.exp(interval[0])), high=float(np.exp(interval[1])), baseline=baseline.name)
+    return Speedup(
+        value=value,
+        low=float(np.exp(interval[0])),
+        high=float(np.exp(interval[1])),
+        baseline=baseline.name,
+    )
 
 
-def unfair(recipes, technique=TECHNIQUES):
+def confounders(recipes, technique=TECHNIQUE_FIELDS):
     """What differs among the recipes beside the technique's fields: {field: its values}. Empty for a fair comparison.
 
     Whether they evaluate is no difference: that is not timed.
     """
     first, *others = recipes
-    names = {name: None for other in others for name in changes(first, other) if name not in (*technique, "evaluate")}   # in order, once
-    return {name: list(dict.fromkeys(getattr(recipe, name) for recipe in recipes)) for name in names}
+    names = {
+        name: None
+        for other in others
+        for name in changes(first, other)
+        if name not in (*technique, "evaluate")
+    }  # in order, once
+    return {
+        name: list(dict.fromkeys(getattr(recipe, name) for recipe in recipes)) for name in names
+    }
 
 
-def measure(recipes, repeats=5, technique=TECHNIQUES, even_if_unfair=False, stop=None, env=None):
+def measure_interleaved(
+    recipes, repeats=5, technique=TECHNIQUE_FIELDS, allow_confounders=False, stop=None, env=None
+):
     """Run the recipes in turn, A B A B ..., and yield {name: Measurement} after each run, ever fuller.
 
-    `recipes`: {name: Recipe}, the baseline first. Raises `Refused` when anything but the technique's fields differs,
-    unless `even_if_unfair`; plots then say what does. Only the first repeat evaluates: accuracy is not speed.
+    `recipes`: {name: Recipe}, the baseline first. Raises `CnnlabError` when anything but the technique's fields differs,
+    unless `allow_confounders`; plots then say what does. Only the first repeat evaluates: accuracy is not speed.
     """
-    from .launch import run
+    from cnnlab.launch.launcher import run
 
     if not isinstance(repeats, int) or repeats < 1:
-        raise Refused(f"repeats={repeats!r} is not allowed: it must be a whole number, 1 or more; a spread needs at least 2.")
-    difference = unfair(list(recipes.values()), technique)
-    if difference and not even_if_unfair:
-        said = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in difference.items())
-        raise Refused(f"this comparison would not be fair: beside the technique it changes {said}. Make these equal, or pass "
-                      f"even_if_unfair=True, and the plot will say so.")
+        raise CnnlabError(
+            f"repeats={repeats!r} is not allowed: it must be a whole number, 1 or more; a spread needs at least 2."
+        )
+    difference = confounders(list(recipes.values()), technique)
+    if difference and not allow_confounders:
+        said = "; ".join(
+            f"{name}: {', '.join(map(str, values))}" for name, values in difference.items()
+        )
+        raise CnnlabError(
+            f"this comparison would not be fair: beside the technique it changes {said}. Make these equal, or pass "
+            f"allow_confounders=True, and the plot will say so."
+        )
     found = {name: Measurement(name=name, recipe=recipe) for name, recipe in recipes.items()}
     for repeat in range(repeats):
         for name, recipe in recipes.items():
-            ends = [event for event in run(recipe.but(evaluate=recipe.evaluate and repeat == 0), stop, env) if isinstance(event, Finished)]
-            if len(ends) < recipe.replicas:               # stopped
+            ends = [
+                event
+                for event in run(
+                    recipe.replace(evaluate=recipe.evaluate and repeat == 0), stop, env
+                )
+                if isinstance(event, Finished)
+            ]
+            if len(ends) < recipe.replicas:  # stopped
                 return
-            found[name] = found[name].add(slowest(ends))
+            found[name] = found[name].add(slowest_rank(ends))
             yield dict(found)
 
 
-def measured(recipes, repeats=5, **options):
+def compare(recipes, repeats=5, **options):
     """The last word of `measure`, with a progress bar: {name: Measurement}."""
     from tqdm.auto import tqdm
 
-    bar = tqdm(measure(recipes, repeats, **options), total=repeats * len(recipes), desc="measuring", leave=False)
+    bar = tqdm(
+        measure_interleaved(recipes, repeats, **options),
+        total=repeats * len(recipes),
+        desc="measuring",
+        leave=False,
+    )
     return list(bar)[-1]
 
 
-def slowest(events):
+def slowest_rank(events):
     """Of the ranks' `Finished` events that of the slowest, for a run is as fast as the last of its ranks; None where the run was stopped."""
-    return min((event for event in events if isinstance(event, Finished)), key=lambda event: event.images_per_s, default=None)
+    return min(
+        (event for event in events if isinstance(event, Finished)),
+        key=lambda event: event.images_per_s,
+        default=None,
+    )
 
 
-def table(measurements, baseline=None):
+def speedup_table(measurements, baseline=None):
     """The measurements as text, a line each; speedups over the first, or over the one named `baseline`."""
     first = measurements[baseline] if baseline else next(iter(measurements.values()))
     lines = [f"{'':24} {'images/s (IQR)':>24}  speedup"]

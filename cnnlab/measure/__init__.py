@@ -1,0 +1,1 @@
+"""Honest measurements: timers, comparisons, peaks, profiles, the ladder, scaling laws."""

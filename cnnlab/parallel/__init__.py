@@ -1,0 +1,1 @@
+"""How ranks work together: data parallelism, asynchronous updates, a simulated network."""

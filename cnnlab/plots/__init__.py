@@ -1,0 +1,26 @@
+"""Plots: pure `draw(ax, data)` functions, the same for live, recorded and tested data."""
+
+from cnnlab.plots.runs import accuracy, loss, loss_curve, throughput
+from cnnlab.plots.scaling import scaling_curve
+from cnnlab.plots.speed import ladder_bars, roofline, speedup_bars
+from cnnlab.plots.style import COLORS, PHASES, PREDICTED, RECORDED, REJECTED, machine_label
+from cnnlab.plots.timeline import rank_timeline, step_breakdown
+
+__all__ = [
+    "COLORS",
+    "PHASES",
+    "PREDICTED",
+    "RECORDED",
+    "REJECTED",
+    "accuracy",
+    "ladder_bars",
+    "loss",
+    "loss_curve",
+    "machine_label",
+    "rank_timeline",
+    "roofline",
+    "scaling_curve",
+    "speedup_bars",
+    "step_breakdown",
+    "throughput",
+]

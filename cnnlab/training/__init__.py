@@ -1,0 +1,1 @@
+"""Training on one rank: the loop, the techniques, the clock, checkpoints."""
