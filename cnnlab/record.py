@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from cnnlab import events
-from cnnlab.events import Started
+from cnnlab.events import Failed, Finished, Started, from_dict, to_dict
 from cnnlab.recipe import CnnlabError, Recipe
 
 FORMAT = 2
@@ -60,7 +59,7 @@ def save(path, events, machine):
                 )
             early.append(event)
             while headed and early:
-                _write_line(file, path, events.to_dict(early.pop(0)))
+                _write_line(file, path, to_dict(early.pop(0)))
             yield event
 
 
@@ -89,10 +88,10 @@ def load(path):
             raise CnnlabError(
                 f"it has format {header['cnnlab']}; this version of cnnlab reads {FORMAT}."
             )
-        events = [events.from_dict(value) for value in values[1:]]
+        events = [from_dict(value) for value in values[1:]]
         recipe = Recipe.from_dict(header["recipe"])
         ends = [type(event) for event in events]
-        ended = ends.count(events.Finished) >= recipe.replicas or events.Failed in ends
+        ended = ends.count(Finished) >= recipe.replicas or Failed in ends
         return Record(
             recipe=recipe,
             events=events,
@@ -158,7 +157,17 @@ def check_writable(path):
             file.write(" " * 65536)  # a full disk refuses the bytes, not the name
         part.unlink()
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(
+    path: str | Path,
+    error: BaseException,
+    fix: str = "Free some space, or choose a folder that you can write to.",
+) -> CnnlabError:
+    """The error to raise when writing `path` failed with `error`."""
+    reason = getattr(error, "strerror", None) or error
+    return CnnlabError(f"cannot write {path}: {reason}. {fix}")
 
 
 def git_commit():
@@ -183,7 +192,7 @@ def _atomic_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(part, "w", encoding="utf-8")
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
     try:
         yield file
         whole = True
@@ -193,7 +202,7 @@ def _atomic_file(path):
             if whole:
                 os.replace(part, path)
         except OSError as error:
-            raise _cannot_write(path, error) from None
+            raise cannot_write(path, error) from None
 
 
 def _partial_path(path):
@@ -207,13 +216,7 @@ def _write_line(file, path, value, indent=None):
         file.write(json.dumps(value, indent=indent) + "\n")
         file.flush()
     except OSError as error:
-        raise _cannot_write(path, error) from None
-
-
-def _cannot_write(path, error):
-    return CnnlabError(
-        f"cannot write {path}: {error.strerror or error}. Name a folder that you may write to and that has room."
-    )
+        raise cannot_write(path, error) from None
 
 
 def _list_records(path):
