@@ -6,16 +6,50 @@ import torch
 from cnnlab import check
 
 
-@pytest.mark.parametrize("expected, got", [(5, 5), (5, 5.0), (0.5, 0.5), (0.5, 0.50001), (1e6, 1.0001e6), (2.0, 2), (2.0, torch.tensor(2.0)), ("bf16", "bf16"),
-                                           (True, True), ((1, 2), (1, 2)), (torch.ones(2), torch.ones(2)), (torch.ones(2), torch.ones(2) + 1e-5)], ids=repr)
+@pytest.mark.parametrize(
+    "expected, got",
+    [
+        (5, 5),
+        (5, 5.0),
+        (0.5, 0.5),
+        (0.5, 0.50001),
+        (1e6, 1.0001e6),
+        (2.0, 2),
+        (2.0, torch.tensor(2.0)),
+        ("bf16", "bf16"),
+        (True, True),
+        ((1, 2), (1, 2)),
+        (torch.ones(2), torch.ones(2)),
+        (torch.ones(2), torch.ones(2) + 1e-5),
+    ],
+    ids=repr,
+)
 def test_a_right_answer_solves(expected, got, capsys):
     assert check.answer("1", expected, got) is True
     assert "Exercise 1: solved." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("expected, got", [(5, 6), (0.5, 0.51), (0.0003, 0.0), (0.5, None), (0.5, ...), (5, ...), (0.5, "half"), (0.5, float("nan")), ("bf16", "fp16"),
-                                           (torch.ones(2), torch.zeros(2)), (torch.ones(2), torch.ones(2, 1)), (torch.ones(2), [1, 1]),
-                                           (torch.ones(2), None), (True, None), ((1, 2), (1, 3))], ids=repr)
+@pytest.mark.parametrize(
+    "expected, got",
+    [
+        (5, 6),
+        (0.5, 0.51),
+        (0.0003, 0.0),
+        (0.5, None),
+        (0.5, ...),
+        (5, ...),
+        (0.5, "half"),
+        (0.5, float("nan")),
+        ("bf16", "fp16"),
+        (torch.ones(2), torch.zeros(2)),
+        (torch.ones(2), torch.ones(2, 1)),
+        (torch.ones(2), [1, 1]),
+        (torch.ones(2), None),
+        (True, None),
+        ((1, 2), (1, 3)),
+    ],
+    ids=repr,
+)
 def test_a_wrong_answer_does_not(expected, got, capsys):
     assert check.answer("1", expected, got) is False
     said = capsys.readouterr().out
@@ -39,7 +73,11 @@ def test_a_function_of_several_arguments_is_called_with_all(capsys):
     assert "for 5, 3" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("answer", [lambda x: 1 / 0, lambda: 1, lambda x: None, 3], ids=["raises", "wrong signature", "says nothing", "no function"])
+@pytest.mark.parametrize(
+    "answer",
+    [lambda x: 1 / 0, lambda: 1, lambda x: None, 3],
+    ids=["raises", "wrong signature", "says nothing", "no function"],
+)
 def test_a_broken_function_is_wrong_and_not_an_error(answer, capsys):
     assert check.function("5", lambda x: x, answer, [(1,)]) is False
     assert "not yet" in capsys.readouterr().out

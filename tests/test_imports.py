@@ -10,10 +10,34 @@ import pytest
 import cnnlab
 
 FOLDER = Path(cnnlab.__file__).parent
-ORDER = ["recipe", "events", "record", "scaling", "model", "photos", "data", "machine", "replicas", "speed", "checkpoint", "train", "rank", "launch",
-         "compare", "explain", "instruments", "device", "ladder", "plot", "board", "panel", "check", "__main__"]
+ORDER = [
+    "recipe",
+    "events",
+    "record",
+    "scaling",
+    "model",
+    "photos",
+    "data",
+    "machine",
+    "replicas",
+    "speed",
+    "checkpoint",
+    "train",
+    "rank",
+    "launch",
+    "compare",
+    "explain",
+    "instruments",
+    "device",
+    "ladder",
+    "plot",
+    "board",
+    "panel",
+    "check",
+    "__main__",
+]
 PANELS = {"board", "panel"}
-ALLOWED_UPWARD = set()       # (module, what it imports although that stands below): none
+ALLOWED_UPWARD = set()  # (module, what it imports although that stands below): none
 
 
 def imported(module):
@@ -45,7 +69,7 @@ def test_every_module_has_a_row():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_only_to_rows_above(module):
-    above = set(ORDER[:ORDER.index(module)])
+    above = set(ORDER[: ORDER.index(module)])
     below = {(module, name) for name in imported(module)[0] - above}
     assert below <= ALLOWED_UPWARD
 
@@ -58,17 +82,27 @@ def test_only_the_panels_name_jupyter(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_is_imported_by_star(module):
     tree = ast.parse((FOLDER / f"{module}.py").read_text())
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)]
+    assert not [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
+    ]
 
 
 def loaded_after(statement):
     """Names of all modules in a fresh Python after a statement."""
     code = f"{statement}\nimport sys\nprint(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        ).stdout.split()
+    )
 
 
 def test_recipe_events_record_and_plot_do_without_torch():
-    assert not {"torch", "ipywidgets", "IPython"} & loaded_after("import cnnlab.recipe, cnnlab.events, cnnlab.record, cnnlab.plot")
+    assert not {"torch", "ipywidgets", "IPython"} & loaded_after(
+        "import cnnlab.recipe, cnnlab.events, cnnlab.record, cnnlab.plot"
+    )
 
 
 def test_all_but_the_panels_do_without_jupyter():

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from cnnlab import machine
+from cnnlab.measure import peaks
 from cnnlab.recipe import Recipe
 
 NAMES = {"NVIDIA GPU", "second GPU", "C++ compiler", "bf16 units", "fp16 units"}
@@ -26,7 +27,9 @@ def test_the_description_is_sane():
     assert 1 <= found.cores <= os.cpu_count()
     assert found.memory_gib > 0.5
     assert found.hardware["fp32"] is True
-    assert found.versions["torch"] != "not installed" and found.versions["cnnlab"] != "not installed"
+    assert (
+        found.versions["torch"] != "not installed" and found.versions["cnnlab"] != "not installed"
+    )
     assert found.compiler is None or os.access(found.compiler, os.X_OK)
 
 
@@ -38,8 +41,13 @@ def test_what_is_missing_has_a_reason_and_what_is_there_has_none():
     found = machine.describe()
     assert set(found.missing) <= NAMES
     assert all(len(reason.split()) > 5 for reason in found.missing.values())
-    there = {"NVIDIA GPU": found.gpus, "second GPU": len(found.gpus) > 1, "C++ compiler": found.compiler,
-             "bf16 units": found.hardware["bf16"], "fp16 units": found.hardware["fp16"]}
+    there = {
+        "NVIDIA GPU": found.gpus,
+        "second GPU": len(found.gpus) > 1,
+        "C++ compiler": found.compiler,
+        "bf16 units": found.hardware["bf16"],
+        "fp16 units": found.hardware["fp16"],
+    }
     assert set(found.missing) == {name for name in NAMES if not there[name]}
 
 
@@ -72,14 +80,17 @@ def test_the_compiler_named_in_cxx_is_taken(monkeypatch, asked_anew, tmp_path):
     assert machine.describe().compiler is None
 
 
-@pytest.mark.parametrize("gpus, missing", [((), {"NVIDIA GPU", "second GPU"}), (("A",), {"second GPU"}), (("A", "B"), set())])
+@pytest.mark.parametrize(
+    "gpus, missing",
+    [((), {"NVIDIA GPU", "second GPU"}), (("A",), {"second GPU"}), (("A", "B"), set())],
+)
 def test_gpus_are_missed_by_number(gpus, missing):
     assert set(machine._missing({"bf16": True, "fp16": True}, gpus, "/usr/bin/g++")) == missing
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_peak_flops_gives_ordered_quartiles(precision):
-    median, low, high = machine.peak_flops(precision, size=128, threads=1)
+    median, low, high = peaks.peak_flops(precision, size=128, threads=1)
     assert 0 < low <= median <= high
 
 
@@ -89,15 +100,17 @@ def test_the_quartiles_of_two_times_are_ordered(monkeypatch):
 
     class Timer(benchmark.Timer):
         def blocked_autorange(self, **options):
-            return dataclasses.replace(super().blocked_autorange(min_run_time=1e-6), number_per_run=1, raw_times=[1.0, 3.0])
+            return dataclasses.replace(
+                super().blocked_autorange(min_run_time=1e-6), number_per_run=1, raw_times=[1.0, 3.0]
+            )
 
     monkeypatch.setattr(benchmark, "Timer", Timer)
-    median, low, high = machine.peak_flops(size=8, threads=1)
+    median, low, high = peaks.peak_flops(size=8, threads=1)
     assert low < median < high
 
 
 def test_copy_bandwidth_gives_ordered_quartiles():
-    median, low, high = machine.copy_bandwidth(mib=4, threads=1)
+    median, low, high = peaks.copy_bandwidth(mib=4, threads=1)
     assert 0 < low <= median <= high
 
 
@@ -105,9 +118,11 @@ def test_measuring_leaves_torch_as_it_was():
     import torch
 
     before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
-    machine.peak_flops(size=32, threads=1)
+    peaks.peak_flops(size=32, threads=1)
     assert (torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32) == before
 
 
 def test_peaks_names_every_precision_and_the_copy():
-    assert {name: value > 0 for name, value in machine.peaks().items()} == dict.fromkeys(("fp32", "bf16", "fp16", "copy"), True)
+    assert {name: value > 0 for name, value in peaks.peaks().items()} == dict.fromkeys(
+        ("fp32", "bf16", "fp16", "copy"), True
+    )

@@ -4,21 +4,32 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cnnlab.model import VGG16, VGG19, ResNet9, SmallCNN, build, parameters
-from cnnlab.recipe import Recipe, Refused
+from cnnlab.model import VGG16, VGG19, ResNet9, SmallCNN, build, count_parameters
+from cnnlab.recipe import CnnlabError, Recipe
 
 
 def test_small_cnn_has_25578_parameters():
-    assert parameters(SmallCNN(channels=3, size=32)) == 25_578
+    assert count_parameters(SmallCNN(channels=3, size=32)) == 25_578
 
 
 @pytest.mark.parametrize("model, count", [(VGG16, 138_357_544), (VGG19, 143_667_240)])
 def test_vgg_has_the_papers_parameters(model, count):
     with torch.device("meta"):
-        assert parameters(model(channels=3, size=224, classes=1000)) == count
+        assert count_parameters(model(channels=3, size=224, classes=1000)) == count
 
 
-@pytest.mark.parametrize("model, size", [(SmallCNN, 4), (SmallCNN, 28), (ResNet9, 8), (ResNet9, 32), (ResNet9, 64), (VGG16, 32), (VGG19, 64)])
+@pytest.mark.parametrize(
+    "model, size",
+    [
+        (SmallCNN, 4),
+        (SmallCNN, 28),
+        (ResNet9, 8),
+        (ResNet9, 32),
+        (ResNet9, 64),
+        (VGG16, 32),
+        (VGG19, 64),
+    ],
+)
 @pytest.mark.parametrize("channels, classes", [(1, 10), (3, 7)])
 def test_logits_have_one_row_an_image_and_one_column_a_class(model, size, channels, classes):
     with torch.device("meta"):
@@ -39,14 +50,20 @@ def test_resnet9_takes_0_57_gflop_an_image():
     assert counter.get_total_flops() / 4 == pytest.approx(0.57e9, rel=0.03)
 
 
-@pytest.mark.parametrize("model, multiple", [("SmallCNN", 4), ("ResNet9", 8), ("VGG16", 32), ("VGG19", 32)])
+@pytest.mark.parametrize(
+    "model, multiple", [("SmallCNN", 4), ("ResNet9", 8), ("VGG16", 32), ("VGG19", 32)]
+)
 def test_a_size_that_does_not_fit_is_refused(model, multiple):
-    with pytest.raises(Refused, match=f"{model}.*multiple of {multiple} pixels, not {multiple + 1}"):
+    with pytest.raises(
+        CnnlabError, match=f"{model}.*multiple of {multiple} pixels, not {multiple + 1}"
+    ):
         build(Recipe(model=model), (3, multiple + 1, 10))
 
 
 def test_the_same_seed_gives_the_same_weights():
-    weights = lambda seed: torch.cat([p.flatten() for p in build(Recipe(seed=seed), (1, 32, 10)).parameters()])
+    weights = lambda seed: torch.cat(
+        [p.flatten() for p in build(Recipe(seed=seed), (1, 32, 10)).parameters()]
+    )
     assert torch.equal(weights(3), weights(3))
     assert not torch.equal(weights(3), weights(4))
 
@@ -57,10 +74,17 @@ def test_build_heeds_the_width():
 
 
 def test_the_stages_have_names():
-    assert [name for name, _ in VGG19(width=1).named_children()] == ["stage1", "stage2", "stage3", "stage4", "stage5", "classifier"]
+    assert [name for name, _ in VGG19(width=1).named_children()] == [
+        "stage1",
+        "stage2",
+        "stage3",
+        "stage4",
+        "stage5",
+        "classifier",
+    ]
 
 
 def test_only_what_is_trained_counts_as_a_parameter():
     network = SmallCNN()
     network.classifier.requires_grad_(False)
-    assert parameters(network) == 25_578 - (32 * 8 * 8 * 10 + 10)
+    assert count_parameters(network) == 25_578 - (32 * 8 * 8 * 10 + 10)

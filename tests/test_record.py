@@ -9,7 +9,7 @@ import pytest
 
 from cnnlab import record
 from cnnlab.events import Checkpointed, Failed, Finished, Progress, Restarted, Started
-from cnnlab.recipe import Refused
+from cnnlab.recipe import CnnlabError
 
 MACHINE = {"name": "Test processor", "cores": 2, "versions": {"torch": "9.9"}}
 
@@ -72,8 +72,16 @@ def test_any_rank_may_start_first(tmp_path, short_run):
 
 
 def test_a_run_of_two_ranks_ends_when_both_have_finished(tmp_path, short_run):
-    recipe = short_run[0].recipe.but(replicas=2)
-    both = [replace(event, rank=rank, **({"recipe": recipe, "world": 2} if isinstance(event, Started) else {})) for rank in (0, 1) for event in short_run]
+    recipe = short_run[0].recipe.replace(replicas=2)
+    both = [
+        replace(
+            event,
+            rank=rank,
+            **({"recipe": recipe, "world": 2} if isinstance(event, Started) else {}),
+        )
+        for rank in (0, 1)
+        for event in short_run
+    ]
     list(record.save(tmp_path / "whole.jsonl", both, MACHINE))
     list(record.save(tmp_path / "cut.jsonl", both[:-1], MACHINE))
     assert record.load(tmp_path / "whole.jsonl").truncated is None
@@ -88,12 +96,23 @@ def test_a_failed_run_is_whole(tmp_path, short_run):
 
 def test_a_run_that_was_restarted_from_a_checkpoint_is_replayed_whole(tmp_path, short_run):
     started, progress, *rest = short_run
-    events = [started, progress, Checkpointed(rank=0, step=progress.step, path="/kept/step-00000002", took_s=0.1),
-              Restarted(rank=0, error="the process was killed", attempt=1), replace(started, first_step=progress.step), *rest]
+    events = [
+        started,
+        progress,
+        Checkpointed(rank=0, step=progress.step, path="/kept/step-00000002", took_s=0.1),
+        Restarted(rank=0, error="the process was killed", attempt=1),
+        replace(started, first_step=progress.step),
+        *rest,
+    ]
     list(record.save(tmp_path / "run.jsonl", events, MACHINE))
-    assert list(record.replay(tmp_path / "run.jsonl")) == events and record.load(tmp_path / "run.jsonl").truncated is None
+    assert (
+        list(record.replay(tmp_path / "run.jsonl")) == events
+        and record.load(tmp_path / "run.jsonl").truncated is None
+    )
     list(record.save(tmp_path / "cut.jsonl", events[:4], MACHINE))
-    assert "end is missing" in record.load(tmp_path / "cut.jsonl").truncated       # a failure that was mended is no end
+    assert (
+        "end is missing" in record.load(tmp_path / "cut.jsonl").truncated
+    )  # a failure that was mended is no end
 
 
 def test_a_run_that_failed_before_it_had_started_is_replayed_whole(tmp_path, short_run):
@@ -104,7 +123,13 @@ def test_a_run_that_failed_before_it_had_started_is_replayed_whole(tmp_path, sho
 
 def test_losses_that_are_no_number_survive(tmp_path, short_run):
     progress = next(event for event in short_run if isinstance(event, Progress))
-    list(record.save(tmp_path / "run.jsonl", [short_run[0], replace(progress, losses=[float("nan"), float("inf")])], MACHINE))
+    list(
+        record.save(
+            tmp_path / "run.jsonl",
+            [short_run[0], replace(progress, losses=[float("nan"), float("inf")])],
+            MACHINE,
+        )
+    )
     losses = record.load(tmp_path / "run.jsonl").events[1].losses
     assert losses[0] != losses[0] and losses[1] == float("inf")
 
@@ -136,43 +161,75 @@ def test_a_damaged_line_in_the_middle_is_named(saved):
     lines = saved.read_text().splitlines()
     lines[2] = lines[2][:-10]
     saved.write_text("\n".join(lines))
-    with pytest.raises(Refused, match="damaged in line 3") as refused:
+    with pytest.raises(CnnlabError, match="damaged in line 3") as refused:
         record.load(saved)
     assert str(saved) in str(refused.value)
 
 
-HEADER = {"cnnlab": record.FORMAT, "recipe": {}, "machine": {}, "versions": {}, "commit": None, "date": ""}
+HEADER = {
+    "cnnlab": record.FORMAT,
+    "recipe": {},
+    "machine": {},
+    "versions": {},
+    "commit": None,
+    "date": "",
+}
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"\n", b"hello", b"[]", b"5", b'"words"', b"{}", b'{"some": "json"}', b"\xff\xfe\x00", b"\x00" * 100,
-    json.dumps({**HEADER, "recipe": None}).encode(),
-    json.dumps({**HEADER, "recipe": {"model": "LeNet"}}).encode(),
-    *[json.dumps(HEADER).encode() + b"\n" + line for line in (b"5", b'"words"', b'{"event": "Exploded"}', b'{"event": "Failed"}', b"[[1]]", b"null")],
-], ids=lambda content: repr(content[-30:]))
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"hello",
+        b"[]",
+        b"5",
+        b'"words"',
+        b"{}",
+        b'{"some": "json"}',
+        b"\xff\xfe\x00",
+        b"\x00" * 100,
+        json.dumps({**HEADER, "recipe": None}).encode(),
+        json.dumps({**HEADER, "recipe": {"model": "LeNet"}}).encode(),
+        *[
+            json.dumps(HEADER).encode() + b"\n" + line
+            for line in (
+                b"5",
+                b'"words"',
+                b'{"event": "Exploded"}',
+                b'{"event": "Failed"}',
+                b"[[1]]",
+                b"null",
+            )
+        ],
+    ],
+    ids=lambda content: repr(content[-30:]),
+)
 def test_what_is_no_record_is_refused_by_name(tmp_path, content):
     path = tmp_path / "odd.jsonl"
     path.write_bytes(content)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(CnnlabError) as refused:
         record.load(path)
     assert str(path) in str(refused.value)
 
 
 def test_another_format_is_refused_with_its_number(saved):
     saved.write_text(saved.read_text().replace(f'{{"cnnlab": {record.FORMAT}', '{"cnnlab": 99', 1))
-    with pytest.raises(Refused, match=f"has format 99.*reads {record.FORMAT}"):
+    with pytest.raises(CnnlabError, match=f"has format 99.*reads {record.FORMAT}"):
         record.load(saved)
 
 
 def test_a_missing_record_is_refused_with_those_that_are_there(saved, tmp_path):
-    with pytest.raises(Refused, match="there is no record .*other.jsonl. The folder has run.jsonl"):
+    with pytest.raises(
+        CnnlabError, match="there is no record .*other.jsonl. The folder has run.jsonl"
+    ):
         record.load(tmp_path / "other.jsonl")
-    with pytest.raises(Refused, match="There are no records in"):
+    with pytest.raises(CnnlabError, match="There are no records in"):
         record.load(tmp_path / "nowhere" / "run.jsonl")
 
 
 def test_a_folder_is_no_record(tmp_path):
-    with pytest.raises(Refused, match="cannot be read"):
+    with pytest.raises(CnnlabError, match="cannot be read"):
         record.load(tmp_path)
 
 
@@ -180,21 +237,29 @@ def unwritable(folder):
     """Paths that nobody, not even root, can write to."""
     (folder / "file").write_text("in the way")
     (folder / "taken").mkdir()
-    return {"under a file": folder / "file" / "run.json", "in /proc": "/proc/run.json", "a folder's name": folder / "taken"}
+    return {
+        "under a file": folder / "file" / "run.json",
+        "in /proc": "/proc/run.json",
+        "a folder's name": folder / "taken",
+    }
 
 
 def save_all(path, events):
     list(record.save(path, events, MACHINE))
 
 
-WRITERS = {"save": save_all, "write_json": lambda path, _: record.write_json(path, {"a": 1}), "check_writable": lambda path, _: record.check_writable(path)}
+WRITERS = {
+    "save": save_all,
+    "write_json": lambda path, _: record.write_json(path, {"a": 1}),
+    "check_writable": lambda path, _: record.check_writable(path),
+}
 
 
 @pytest.mark.parametrize("where", ["under a file", "in /proc", "a folder's name"])
 @pytest.mark.parametrize("write", WRITERS)
 def test_what_cannot_be_written_is_refused(tmp_path, short_run, where, write):
     path = unwritable(tmp_path)[where]
-    with pytest.raises(Refused, match="cannot write") as refused:
+    with pytest.raises(CnnlabError, match="cannot write") as refused:
         WRITERS[write](path, short_run)
     assert str(path) in str(refused.value)
 
@@ -203,17 +268,20 @@ def test_a_bad_folder_is_known_before_the_run_starts(tmp_path):
     def run():
         pytest.fail("the run was started")
         yield
-    with pytest.raises(Refused):
+
+    with pytest.raises(CnnlabError):
         save_all(unwritable(tmp_path)["under a file"], run())
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a Linux device that is always full")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="needs /dev/full, a Linux device that is always full"
+)
 @pytest.mark.parametrize("write", WRITERS)
 def test_a_full_disk_is_refused_and_the_old_file_unharmed(tmp_path, short_run, write):
     path = tmp_path / "run.json"
     path.write_text("the old one")
     (tmp_path / "run.json.part").symlink_to("/dev/full")
-    with pytest.raises(Refused, match="No space left"):
+    with pytest.raises(CnnlabError, match="No space left"):
         WRITERS[write](path, short_run)
     assert path.read_text() == "the old one" and not path.is_symlink()
 
@@ -235,12 +303,14 @@ def test_checking_leaves_no_trace(tmp_path):
 
 
 def test_the_commit_names_the_checkout_and_says_whether_it_was_edited():
-    assert record.commit() is None or re.fullmatch(r"[0-9a-f]{12}(\+changes)?", record.commit())
+    assert record.git_commit() is None or re.fullmatch(
+        r"[0-9a-f]{12}(\+changes)?", record.git_commit()
+    )
 
 
 def test_there_is_no_commit_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
-    assert record.commit() is None
+    assert record.git_commit() is None
 
 
 def test_the_run_that_is_recorded_here_is_complete(short_run):

@@ -67,7 +67,7 @@ def timed(function):
     print(json.dumps({{"first_step": max(steps, default=0) - began, "ended": time.time() - began, "error": error}}), file=sys.__stdout__, flush=True)
 
 if CASE == "prewarmed":
-    from cnnlab.launch import prewarm
+    from cnnlab.launch.launcher import prewarm
     prewarm(); time.sleep(4)
 if CASE == "busy":                      # the kernel itself has trained before
     torch.set_num_threads(2)
@@ -84,8 +84,16 @@ def kernel(name, world, case):
     """A fresh kernel that runs the case, its folder, and the environment's mark by which its processes are known."""
     folder = tempfile.mkdtemp()
     mark = {"LAUNCHER_BENCHMARK": folder}
-    process = subprocess.Popen([sys.executable, "-", str(world), folder, case], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True, env={**os.environ, **mark, "TMPDIR": folder}, start_new_session=True, cwd=folder)
+    process = subprocess.Popen(
+        [sys.executable, "-", str(world), folder, case],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **mark, "TMPDIR": folder},
+        start_new_session=True,
+        cwd=folder,
+    )
     process.stdin.write(KERNEL.format(launch=LAUNCH[name]))
     process.stdin.close()
     return process, folder
@@ -96,7 +104,10 @@ def family(folder):
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("LAUNCHER_BENCHMARK") == folder and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.environ().get("LAUNCHER_BENCHMARK") == folder
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
         except psutil.Error:
             pass
@@ -117,14 +128,18 @@ def finish(process, folder, limit=LIMIT):
         time.sleep(0.1)
     for each in family(folder):
         each.kill()
-    lines = [json.loads(line) for line in process.stdout.read().splitlines() if line.startswith('{"first_step"')]
+    lines = [
+        json.loads(line)
+        for line in process.stdout.read().splitlines()
+        if line.startswith('{"first_step"')
+    ]
     return lines, hung, left
 
 
 def starts(name, world, rounds):
     first, later = [], []
     for _ in range(rounds):
-        lines, hung, _ = finish(*kernel(name, world, "first"), 3 * LIMIT)      # three calls
+        lines, hung, _ = finish(*kernel(name, world, "first"), 3 * LIMIT)  # three calls
         if hung or any(line["error"] for line in lines):
             return "fails", "fails"
         first.append(lines[0]["first_step"])
@@ -143,8 +158,15 @@ def said(lines, hung, left):
     if hung or not lines:
         return "hangs" + f", {left} processes left" * bool(left)
     error = lines[0]["error"] or "no error at all"
-    rank = "names the rank" if "rank 1" in error.lower() or "rank: 1" in error.lower() or "process 1" in error.lower() else "does not name the rank"
-    return f"error {lines[0]['ended'] - lines[0]['first_step']:.1f} s later, {rank}" + f", {left} processes left" * bool(left)
+    rank = (
+        "names the rank"
+        if "rank 1" in error.lower() or "rank: 1" in error.lower() or "process 1" in error.lower()
+        else "does not name the rank"
+    )
+    return (
+        f"error {lines[0]['ended'] - lines[0]['first_step']:.1f} s later, {rank}"
+        + f", {left} processes left" * bool(left)
+    )
 
 
 def interrupted(name, world, number):
@@ -158,7 +180,9 @@ def interrupted(name, world, number):
     process.send_signal(number)
     lines, hung, left = finish(process, folder)
     took = time.monotonic() - began - 5 * bool(left)
-    return ("hangs" if hung else f"over in {took:.1f} s") + (f", {left} processes left after 5 s" if left else ", none left")
+    return ("hangs" if hung else f"over in {took:.1f} s") + (
+        f", {left} processes left after 5 s" if left else ", none left"
+    )
 
 
 def main(rounds):
@@ -166,12 +190,23 @@ def main(rounds):
     rows = {}
     for world in (2, 4):
         for name in names:
-            rows.setdefault(f"{world} ranks: call to first step, first time", {})[name], rows.setdefault(f"{world} ranks: ... each further time", {})[name] = starts(name, world, rounds)
-            rows.setdefault(f"{world} ranks: ... first time, once a panel is open", {})[name] = prewarmed(name, world, rounds)
+            (
+                rows.setdefault(f"{world} ranks: call to first step, first time", {})[name],
+                rows.setdefault(f"{world} ranks: ... each further time", {})[name],
+            ) = starts(name, world, rounds)
+            rows.setdefault(f"{world} ranks: ... first time, once a panel is open", {})[name] = (
+                prewarmed(name, world, rounds)
+            )
     for name in names:
         lines, hung, left = finish(*kernel(name, 2, "busy"))
-        rows.setdefault("after the kernel itself has trained", {})[name] = said(lines, hung, left) if hung or not lines or lines[0]["error"] else "works"
-        for fault, words in (("raise", "rank 1 raises"), ("SIGKILL", "rank 1 is killed"), ("SIGSTOP", "rank 1 is halted (SIGSTOP)")):
+        rows.setdefault("after the kernel itself has trained", {})[name] = (
+            said(lines, hung, left) if hung or not lines or lines[0]["error"] else "works"
+        )
+        for fault, words in (
+            ("raise", "rank 1 raises"),
+            ("SIGKILL", "rank 1 is killed"),
+            ("SIGSTOP", "rank 1 is halted (SIGSTOP)"),
+        ):
             rows.setdefault(words, {})[name] = said(*finish(*kernel(name, 2, fault)))
         rows.setdefault("the kernel is interrupted", {})[name] = interrupted(name, 2, signal.SIGINT)
         rows.setdefault("the kernel is killed", {})[name] = interrupted(name, 2, signal.SIGKILL)

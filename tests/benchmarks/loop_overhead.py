@@ -8,9 +8,9 @@ One thread each, for it steadies the figures, and the cost of a step's bookkeepi
 import subprocess
 import sys
 
-from cnnlab.compare import Measurement, speedup
 from cnnlab.events import Finished
-from cnnlab.launch import run
+from cnnlab.launch.launcher import run
+from cnnlab.measure.compare import Measurement, speedup
 from cnnlab.recipe import Recipe
 
 INLINE = """
@@ -18,8 +18,6 @@ import sys, time
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from cnnlab.data import digits
-from cnnlab.model import ResNet9, SmallCNN
 
 model_name, batch_size, steps, warmup = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(1)
@@ -48,15 +46,36 @@ print((steps - warmup) * batch_size / (time.perf_counter() - began))
 
 def main(rounds):
     for model, batch_size, steps in (("SmallCNN", 64, 400), ("ResNet9", 64, 15)):
-        recipe = Recipe(model=model, batch_size=batch_size, steps=steps, warmup_steps=5, threads=1, evaluate=False)
+        recipe = Recipe(
+            model=model,
+            batch_size=batch_size,
+            steps=steps,
+            warmup_steps=5,
+            threads=1,
+            evaluate=False,
+        )
         rates = {"inline": [], "run()": []}
         for _ in range(rounds):
             words = [sys.executable, "-c", INLINE, model, str(batch_size), str(steps), "5"]
-            rates["inline"].append(float(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
-            rates["run()"].append(next(event.images_per_s for event in run(recipe) if isinstance(event, Finished)))
-        inline, packaged = (Measurement(name=name, recipe=recipe, images_per_s=tuple(values)) for name, values in rates.items())
-        print("inline:", *(f"{rate:.0f}" for rate in rates["inline"]), " run():", *(f"{rate:.0f}" for rate in rates["run()"]))
-        print(f"{model}, batch {batch_size}: inline {inline.quartiles[1]:,.0f}, run() {packaged.quartiles[1]:,.0f} images/s: {speedup(inline, packaged)}")
+            rates["inline"].append(
+                float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+            )
+            rates["run()"].append(
+                next(event.images_per_s for event in run(recipe) if isinstance(event, Finished))
+            )
+        inline, packaged = (
+            Measurement(name=name, recipe=recipe, images_per_s=tuple(values))
+            for name, values in rates.items()
+        )
+        print(
+            "inline:",
+            *(f"{rate:.0f}" for rate in rates["inline"]),
+            " run():",
+            *(f"{rate:.0f}" for rate in rates["run()"]),
+        )
+        print(
+            f"{model}, batch {batch_size}: inline {inline.quartiles[1]:,.0f}, run() {packaged.quartiles[1]:,.0f} images/s: {speedup(inline, packaged)}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,3 +1,6 @@
+from cnnlab import machine, model
+from cnnlab.data import datasets
+
 """cnnlab beside other ways to train the same network: images/s, each in a fresh process, in turn.
 
     pip install lightning accelerate keras jax flax optax
@@ -18,7 +21,7 @@ import warnings
 import numpy as np
 
 WARMUP = 4
-FLAGS = {                                # of each peer: the first is its default
+FLAGS = {  # of each peer: the first is its default
     "cnnlab": ["default", "best"],
     "plain": ["default", "bf16", "bf16 channels_last", "bf16 channels_last compiled"],
     "lightning": ["default", "bf16", "bf16 channels_last", "bf16 channels_last compiled"],
@@ -32,7 +35,13 @@ class Timer:
     """Images/s of the steps after the warm-up."""
 
     def __init__(self, options):
-        self.batch, self.last, self.done, self.began, self.rate = options.batch_size, WARMUP + options.steps, 0, 0.0, None
+        self.batch, self.last, self.done, self.began, self.rate = (
+            options.batch_size,
+            WARMUP + options.steps,
+            0,
+            0.0,
+            None,
+        )
 
     def step(self):
         """To be called after each step; True when there were enough."""
@@ -47,11 +56,18 @@ class Timer:
 def cnnlab(options, timer):
     """Its default is a plain `Recipe`; its best, what `python -m cnnlab ladder` found here or --best says."""
     from cnnlab.events import Finished
-    from cnnlab.launch import run
+    from cnnlab.launch.launcher import run
     from cnnlab.recipe import Recipe
 
     best = json.loads(options.best) if options.flags == "best" else {}
-    recipe = Recipe(model=options.model, batch_size=options.batch_size, steps=WARMUP + options.steps, warmup_steps=WARMUP, evaluate=False, **best)
+    recipe = Recipe(
+        model=options.model,
+        batch_size=options.batch_size,
+        steps=WARMUP + options.steps,
+        warmup_steps=WARMUP,
+        evaluate=False,
+        **best,
+    )
     timer.rate = next(event for event in run(recipe) if isinstance(event, Finished)).images_per_s
 
 
@@ -59,9 +75,7 @@ def parts(options):
     """(the digits as TensorDataset, the network) for what is built on torch."""
     import torch
 
-    from cnnlab import data, model
-
-    images = data.digits()
+    images = datasets.digits()
     torch.manual_seed(0)
     network = getattr(model, options.model)(channels=1)
     if "channels_last" in options.flags:
@@ -80,7 +94,11 @@ def loader_of(dataset, options):
 def laid_out(images, options):
     import torch
 
-    return images.contiguous(memory_format=torch.channels_last) if "channels_last" in options.flags else images
+    return (
+        images.contiguous(memory_format=torch.channels_last)
+        if "channels_last" in options.flags
+        else images
+    )
 
 
 def plain(options, timer):
@@ -89,7 +107,10 @@ def plain(options, timer):
     from torch.nn.functional import cross_entropy
 
     dataset, network = parts(options)
-    optimizer, loader = torch.optim.Adam(network.parameters(), lr=0.001), loader_of(dataset, options)
+    optimizer, loader = (
+        torch.optim.Adam(network.parameters(), lr=0.001),
+        loader_of(dataset, options),
+    )
     while True:
         for images, labels in loader:
             with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in options.flags):
@@ -126,8 +147,17 @@ def lightning(options, timer):
             trainer.should_stop = timer.step() or trainer.should_stop
 
     precision = {"precision": "bf16-mixed"} if "bf16" in options.flags else {}
-    trainer = L.Trainer(max_steps=WARMUP + options.steps, max_epochs=-1, accelerator="cpu", callbacks=[Steps()], logger=False, enable_checkpointing=False,
-                        enable_progress_bar=False, enable_model_summary=False, **precision)
+    trainer = L.Trainer(
+        max_steps=WARMUP + options.steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        callbacks=[Steps()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **precision,
+    )
     trainer.fit(Lesson(), loader_of(dataset, options))
 
 
@@ -139,7 +169,9 @@ def accelerate(options, timer):
     dataset, network = parts(options)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if "bf16" in options.flags else "no")
     optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
-    network, optimizer, loader = accelerator.prepare(network, optimizer, loader_of(dataset, options))
+    network, optimizer, loader = accelerator.prepare(
+        network, optimizer, loader_of(dataset, options)
+    )
     while True:
         for images, labels in loader:
             with accelerator.autocast():
@@ -158,37 +190,56 @@ def keras(options, timer):
     import keras
     from keras import layers
 
-    from cnnlab import data
-
     if "bf16" in options.flags:
         keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    images, labels = data.digits().train.tensors
+    images, labels = datasets.digits().train.tensors
     shown = keras.Input((32, 32, 1))
 
     def block(x, outputs, pool=False):
-        x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(outputs, 3, padding="same", use_bias=False)(x)))
+        x = layers.ReLU()(
+            layers.BatchNormalization()(
+                layers.Conv2D(outputs, 3, padding="same", use_bias=False)(x)
+            )
+        )
         return layers.MaxPooling2D(2)(x) if pool else x
 
     if options.model == "SmallCNN":
         x = shown
         for outputs in (16, 32):
-            x = layers.MaxPooling2D(2)(layers.Conv2D(outputs, 3, padding="same", activation="relu")(x))
+            x = layers.MaxPooling2D(2)(
+                layers.Conv2D(outputs, 3, padding="same", activation="relu")(x)
+            )
         x = layers.Dense(10, dtype="float32")(layers.Flatten()(x))
     else:
         x = block(block(shown, 32), 64, pool=True)
         x = layers.Add()([x, block(block(x, 64), 64)])
         x = block(block(x, 128, pool=True), 256, pool=True)
         x = layers.Add()([x, block(block(x, 256), 256)])
-        x = layers.Dense(10, use_bias=False, dtype="float32")(layers.Flatten()(layers.MaxPooling2D(4)(x))) * 0.125
+        x = (
+            layers.Dense(10, use_bias=False, dtype="float32")(
+                layers.Flatten()(layers.MaxPooling2D(4)(x))
+            )
+            * 0.125
+        )
     network = keras.Model(shown, x)
-    network.compile(optimizer=keras.optimizers.Adam(0.001), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    network.compile(
+        optimizer=keras.optimizers.Adam(0.001),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
 
     class Steps(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             self.model.stop_training = timer.step() or self.model.stop_training
 
     whole = len(images) // options.batch_size * options.batch_size
-    network.fit(images.permute(0, 2, 3, 1).numpy()[:whole], labels.numpy()[:whole], batch_size=options.batch_size, epochs=1000, verbose=0, callbacks=[Steps()])
+    network.fit(
+        images.permute(0, 2, 3, 1).numpy()[:whole],
+        labels.numpy()[:whole],
+        batch_size=options.batch_size,
+        epochs=1000,
+        verbose=0,
+        callbacks=[Steps()],
+    )
 
 
 def flax(options, timer):
@@ -197,8 +248,6 @@ def flax(options, timer):
     import jax.numpy as jnp
     import optax
     from flax import linen as nn
-
-    from cnnlab import data
 
     kind = jnp.bfloat16 if "bf16" in options.flags else jnp.float32
 
@@ -213,28 +262,41 @@ def flax(options, timer):
         @nn.compact
         def __call__(self, x):
             def block(x, outputs, pool=False):
-                x = nn.relu(nn.BatchNorm(use_running_average=False, dtype=kind)(nn.Conv(outputs, (3, 3), use_bias=False, dtype=kind)(x)))
+                x = nn.relu(
+                    nn.BatchNorm(use_running_average=False, dtype=kind)(
+                        nn.Conv(outputs, (3, 3), use_bias=False, dtype=kind)(x)
+                    )
+                )
                 return nn.max_pool(x, (2, 2), (2, 2)) if pool else x
 
             x = block(block(x, 32), 64, pool=True)
             x = x + block(block(x, 64), 64)
             x = block(block(x, 128, pool=True), 256, pool=True)
             x = x + block(block(x, 256), 256)
-            return 0.125 * nn.Dense(10, use_bias=False)(nn.max_pool(x, (4, 4), (4, 4)).reshape(len(x), -1))
+            return 0.125 * nn.Dense(10, use_bias=False)(
+                nn.max_pool(x, (4, 4), (4, 4)).reshape(len(x), -1)
+            )
 
     network = {"SmallCNN": SmallCNN, "ResNet9": ResNet9}[options.model]()
-    images, labels = (tensor.numpy() for tensor in data.digits().train.tensors)
+    images, labels = (tensor.numpy() for tensor in datasets.digits().train.tensors)
     images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
     state = network.init(jax.random.key(0), images[:2])
-    rest, parameters = {name: part for name, part in state.items() if name != "params"}, state["params"]
+    rest, parameters = (
+        {name: part for name, part in state.items() if name != "params"},
+        state["params"],
+    )
     optimizer = optax.adam(0.001)
     moments = optimizer.init(parameters)
 
     @jax.jit
     def step(parameters, rest, moments, images, labels):
         def loss_of(parameters):
-            logits, changed = network.apply({"params": parameters, **rest}, images, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean(), changed
+            logits, changed = network.apply(
+                {"params": parameters, **rest}, images, mutable=["batch_stats"]
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits.astype(jnp.float32), labels
+            ).mean(), changed
 
         (loss, changed), gradients = jax.value_and_grad(loss_of, has_aux=True)(parameters)
         updates, moments = optimizer.update(gradients, moments)
@@ -242,9 +304,13 @@ def flax(options, timer):
 
     order = np.random.default_rng(0)
     while True:
-        for rows in np.array_split(order.permutation(len(images)), len(images) // options.batch_size):
-            rows = rows[:options.batch_size]
-            parameters, rest, moments, loss = step(parameters, rest, moments, images[rows], labels[rows])
+        for rows in np.array_split(
+            order.permutation(len(images)), len(images) // options.batch_size
+        ):
+            rows = rows[: options.batch_size]
+            parameters, rest, moments, loss = step(
+                parameters, rest, moments, images[rows], labels[rows]
+            )
             loss.block_until_ready()
             if timer.step():
                 return
@@ -259,7 +325,6 @@ def one(options):
     if options.peer != "flax":
         import torch
 
-        from cnnlab import machine
         torch.set_num_threads(machine.cores())
     timer = Timer(options)
     globals()[options.peer](options, timer)
@@ -267,8 +332,22 @@ def one(options):
 
 
 def measured(peer, flags, options):
-    command = [sys.executable, __file__, "--peer", peer, "--flags", flags, "--model", options.model, "--batch-size", str(options.batch_size),
-               "--steps", str(options.steps), "--best", options.best]
+    command = [
+        sys.executable,
+        __file__,
+        "--peer",
+        peer,
+        "--flags",
+        flags,
+        "--model",
+        options.model,
+        "--batch-size",
+        str(options.batch_size),
+        "--steps",
+        str(options.steps),
+        "--best",
+        options.best,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         return done.stderr.strip().splitlines()[-1]
@@ -282,7 +361,11 @@ def main():
     read.add_argument("--steps", type=int, default=20)
     read.add_argument("--repeats", type=int, default=5)
     read.add_argument("--only", nargs="+", default=list(FLAGS), choices=list(FLAGS))
-    read.add_argument("--best", default='{"loader": "batch", "precision": "bf16", "memory_format": "channels_last", "pooling": "before-relu"}', help="cnnlab's best recipe here, as JSON")
+    read.add_argument(
+        "--best",
+        default='{"loader": "batch", "precision": "bf16", "memory_format": "channels_last", "pooling": "before-relu"}',
+        help="cnnlab's best recipe here, as JSON",
+    )
     read.add_argument("--json", metavar="FILE")
     read.add_argument("--peer", help=argparse.SUPPRESS)
     read.add_argument("--flags", default="default", help=argparse.SUPPRESS)
@@ -293,28 +376,53 @@ def main():
     for repeat in range(options.repeats):
         for (peer, flags), rates in found.items():
             rate = measured(peer, flags, options)
-            print(f"{repeat + 1}/{options.repeats} {peer:10} {flags:28} {rate if isinstance(rate, str) else f'{rate:,.0f} images/s'}", flush=True)
+            print(
+                f"{repeat + 1}/{options.repeats} {peer:10} {flags:28} {rate if isinstance(rate, str) else f'{rate:,.0f} images/s'}",
+                flush=True,
+            )
             rates += [rate] if not isinstance(rate, str) else []
     report({way: rates for way, rates in found.items() if len(rates) == options.repeats}, options)
 
 
 def report(found, options):
     """A line each: median, quartiles, and how many times as fast cnnlab's best is, from the ratios of runs side by side (95% confidence)."""
-    from cnnlab.compare import Measurement, speedup
+    from cnnlab.measure.compare import Measurement, speedup
     from cnnlab.recipe import Recipe
 
-    best = Measurement(name="cnnlab", recipe=Recipe(), images_per_s=tuple(found["cnnlab", "best"])) if ("cnnlab", "best") in found else None
-    print(f"\n{options.model}, batch {options.batch_size}, {options.steps} steps, {options.repeats} runs each\n")
+    best = (
+        Measurement(name="cnnlab", recipe=Recipe(), images_per_s=tuple(found["cnnlab", "best"]))
+        if ("cnnlab", "best") in found
+        else None
+    )
+    print(
+        f"\n{options.model}, batch {options.batch_size}, {options.steps} steps, {options.repeats} runs each\n"
+    )
     rows = []
     for (peer, flags), rates in found.items():
         each = Measurement(name=f"{peer} ({flags})", recipe=Recipe(), images_per_s=tuple(rates))
         gain = speedup(each, best) if best else None
         q1, median, q3 = each.quartiles
-        rows.append({"peer": peer, "flags": flags, "median": median, "q1": q1, "q3": q3, **({"cnnlab": gain.value, "low": gain.low, "high": gain.high} if gain else {})})
-        print(f"| {peer} | {flags} | {median:,.0f} ({q1:,.0f} to {q3:,.0f}) | " + (f"{gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f}) |" if gain else "|"))
+        rows.append(
+            {
+                "peer": peer,
+                "flags": flags,
+                "median": median,
+                "q1": q1,
+                "q3": q3,
+                **({"cnnlab": gain.value, "low": gain.low, "high": gain.high} if gain else {}),
+            }
+        )
+        print(
+            f"| {peer} | {flags} | {median:,.0f} ({q1:,.0f} to {q3:,.0f}) | "
+            + (f"{gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f}) |" if gain else "|")
+        )
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"model": options.model, "batch_size": options.batch_size, "rows": rows}, file, indent=1)
+            json.dump(
+                {"model": options.model, "batch_size": options.batch_size, "rows": rows},
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

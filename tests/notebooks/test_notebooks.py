@@ -7,10 +7,10 @@ import nbformat
 import pytest
 
 from cnnlab.events import Evaluated
-from cnnlab.launch import run
+from cnnlab.launch.launcher import run
 from cnnlab.recipe import Recipe
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
 RHYTHM = ["Predict", "By hand", "Measure", "Packaged", "Why", "Exercise"]
@@ -22,8 +22,12 @@ def ids(path):
 
 @pytest.mark.parametrize("path", LESSONS[1:], ids=ids)
 def test_a_lesson_keeps_the_rhythm(path):
-    headings = re.findall(r"^## (.*)", "\n".join(cell.source for cell in cells(path, "markdown")), re.M)
-    found = [next((step for step in RHYTHM if heading.startswith(step)), None) for heading in headings]
+    headings = re.findall(
+        r"^## (.*)", "\n".join(cell.source for cell in cells(path, "markdown")), re.M
+    )
+    found = [
+        next((step for step in RHYTHM if heading.startswith(step)), None) for heading in headings
+    ]
     assert [step for step in found if step] == RHYTHM
 
 
@@ -42,9 +46,18 @@ def test_what_is_done_by_hand_can_be_taken_in_at_a_glance(path):
     section, long = None, []
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "markdown":
-            section = next((line for line in reversed(cell.source.splitlines()) if line.startswith("## ")), section)
-        elif section == "## By hand" and not re.search(r"\bax(es)?\b", cell.source):      # pictures may take longer
-            lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith(("import ", "from ", '"""'))]
+            section = next(
+                (line for line in reversed(cell.source.splitlines()) if line.startswith("## ")),
+                section,
+            )
+        elif section == "## By hand" and not re.search(
+            r"\bax(es)?\b", cell.source
+        ):  # pictures may take longer
+            lines = [
+                line
+                for line in cell.source.splitlines()
+                if line.strip() and not line.strip().startswith(("import ", "from ", '"""'))
+            ]
             long += [cell.source] if len(lines) > 15 else []
     assert not long
 
@@ -61,7 +74,9 @@ def test_a_lesson_has_exercises_with_checks_and_solutions(path):
 
 def test_links_between_lessons_lead_somewhere():
     for path in LESSONS:
-        for link in re.findall(r"\]\(([^)#]+\.ipynb)\)", "\n".join(cell.source for cell in cells(path, "markdown"))):
+        for link in re.findall(
+            r"\]\(([^)#]+\.ipynb)\)", "\n".join(cell.source for cell in cells(path, "markdown"))
+        ):
             assert (path.parent / link).exists(), f"{path.name} links to {link}"
 
 

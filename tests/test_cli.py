@@ -6,19 +6,26 @@ import subprocess
 import sys
 
 import pytest
+from recorded.device import MEASUREMENTS
 
-from cnnlab import ladder, record
-from cnnlab.__main__ import main
-from cnnlab.device import NAMES
+from cnnlab import record
+from cnnlab.cli import main
 from cnnlab.events import Finished
+from cnnlab.measure import ladder
 from cnnlab.recipe import Recipe
 
 QUICK = ["--batch-size", "64", "--steps", "4", "--threads", "1"]
 
 
 def cnnlab(*words, folder=None, **environment):
-    return subprocess.run([sys.executable, "-m", "cnnlab", *map(str, words)], capture_output=True, text=True, timeout=120, cwd=folder,
-                          env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-m", "cnnlab", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        env={**os.environ, **environment},
+    )
 
 
 def test_doctor_says_what_is_here_and_what_is_missing(tmp_path):
@@ -26,9 +33,27 @@ def test_doctor_says_what_is_here_and_what_is_missing(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "doctor.json").read_text())
     assert set(found) == {"machine", "versions", "peaks"}
-    assert {"name", "system", "cores", "memory_gib", "units", "gpus", "compiler", "hardware", "missing", "versions"} == set(found["machine"])
-    assert set(found["peaks"]) == {"fp32", "bf16", "fp16", "copy"} and min(found["peaks"].values()) > 0
-    for text in (found["machine"]["name"], "GFLOP/s measured", "GB/s measured", *found["machine"]["missing"]):
+    assert {
+        "name",
+        "system",
+        "cores",
+        "memory_gib",
+        "units",
+        "gpus",
+        "compiler",
+        "hardware",
+        "missing",
+        "versions",
+    } == set(found["machine"])
+    assert (
+        set(found["peaks"]) == {"fp32", "bf16", "fp16", "copy"} and min(found["peaks"].values()) > 0
+    )
+    for text in (
+        found["machine"]["name"],
+        "GFLOP/s measured",
+        "GB/s measured",
+        *found["machine"]["missing"],
+    ):
         assert text in done.stdout
 
 
@@ -38,17 +63,37 @@ def test_a_run_is_recorded_and_replayed(tmp_path):
     [path] = (tmp_path / "runs").iterdir()
     assert path.name == "SmallCNN-digits-fp32-1-1.jsonl"
     loaded = record.load(path)
-    assert loaded.recipe == Recipe(batch_size=64, steps=4, threads=1) and isinstance(loaded.events[-1], Finished)
+    assert loaded.recipe == Recipe(batch_size=64, steps=4, threads=1) and isinstance(
+        loaded.events[-1], Finished
+    )
     assert loaded.machine["cores"] >= 1 and loaded.truncated is None
     again = cnnlab("replay", path)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.splitlines()[1:] == done.stdout.splitlines()       # the same, below a line that says where it ran
+    assert (
+        again.stdout.splitlines()[1:] == done.stdout.splitlines()
+    )  # the same, below a line that says where it ran
     assert loaded.machine["name"] in again.stdout.splitlines()[0]
 
 
 def test_a_recipe_file_is_read_and_options_change_it(tmp_path):
-    (tmp_path / "recipe.json").write_text(json.dumps(Recipe(batch_size=32, steps=3, seed=5).to_dict()))
-    assert main(["train", str(tmp_path / "recipe.json"), "--steps", "4", "--evaluate", "false", "--record", str(tmp_path)]) == 0
+    (tmp_path / "recipe.json").write_text(
+        json.dumps(Recipe(batch_size=32, steps=3, seed=5).to_dict())
+    )
+    assert (
+        main(
+            [
+                "train",
+                str(tmp_path / "recipe.json"),
+                "--steps",
+                "4",
+                "--evaluate",
+                "false",
+                "--record",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     [path] = tmp_path.glob("*.jsonl")
     assert record.load(path).recipe == Recipe(batch_size=32, steps=4, seed=5, evaluate=False)
 
@@ -76,25 +121,78 @@ def test_a_climb_that_is_cut_short_has_saved_its_rungs(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(ladder, "climb", cut)
-    assert main(["ladder", "--quick", "--repeats", "2", "--model", "SmallCNN", "--data", "synthetic", "--images", "64", "--image-size", "8", "--batch-size", "16",
-                 "--steps", "2", "--json", str(tmp_path / "ladder.json")]) == 130
+    assert (
+        main(
+            [
+                "ladder",
+                "--quick",
+                "--repeats",
+                "2",
+                "--model",
+                "SmallCNN",
+                "--data",
+                "synthetic",
+                "--images",
+                "64",
+                "--image-size",
+                "8",
+                "--batch-size",
+                "16",
+                "--steps",
+                "2",
+                "--json",
+                str(tmp_path / "ladder.json"),
+            ]
+        )
+        == 130
+    )
     assert len(json.loads((tmp_path / "ladder.json").read_text())["rungs"]) == 2
 
 
 def test_the_ladder_writes_its_json_picture_and_record(tmp_path):
-    done = cnnlab("ladder", "--quick", "--repeats", "2", "--model", "SmallCNN", "--data", "synthetic", "--images", "64", "--image-size", "8", "--batch-size", "16",
-                  "--steps", "2", "--json", tmp_path / "ladder.json", "--png", tmp_path / "ladder.png", "--record", tmp_path / "runs", CXX="/no/compiler")    # which saves the half minute that compiling takes
+    done = cnnlab(
+        "ladder",
+        "--quick",
+        "--repeats",
+        "2",
+        "--model",
+        "SmallCNN",
+        "--data",
+        "synthetic",
+        "--images",
+        "64",
+        "--image-size",
+        "8",
+        "--batch-size",
+        "16",
+        "--steps",
+        "2",
+        "--json",
+        tmp_path / "ladder.json",
+        "--png",
+        tmp_path / "ladder.png",
+        "--record",
+        tmp_path / "runs",
+        CXX="/no/compiler",
+    )  # which saves the half minute that compiling takes
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "ladder.json").read_text())
     assert found["rungs"][0]["name"] == "baseline" and len(found["rungs"]) > 2
     assert {rung["images_per_s"]["n"] >= 2 for rung in found["rungs"]} == {True}
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
-    assert list(record.recorded_ladders(tmp_path / "runs").values()) == [found]          # where the lessons look
+    assert list(record.recorded_ladders(tmp_path / "runs").values()) == [
+        found
+    ]  # where the lessons look
     [run] = (tmp_path / "runs").glob("*.jsonl")
-    assert record.load(run).recipe.to_dict() == next(rung for rung in found["rungs"] if rung["name"] == found["best"])["recipe"]
+    assert (
+        record.load(run).recipe.to_dict()
+        == next(rung for rung in found["rungs"] if rung["name"] == found["best"])["recipe"]
+    )
     [path] = (tmp_path / "runs").glob("device-*.json")
     device = json.loads(path.read_text())
-    assert set(device) == {"machine", *NAMES} and not [name for name, figures in device.items() if "failed" in figures]
+    assert set(device) == {"machine", *MEASUREMENTS} and not [
+        name for name, figures in device.items() if "failed" in figures
+    ]
     assert f"best here: {found['best']}" in done.stdout
     assert "torch.compile" in found["impossible"]
     for name in found["impossible"]:
@@ -133,7 +231,10 @@ BAD = {  # what is typed: what the one sentence must name
     "train --steps 3 --record words.json/deeper": ["cannot write", "words.json"],
     "train --steps 3 --record /proc/nowhere": ["cannot write", "/proc/nowhere"],
     "train --steps 3 --checkpoint words.json": ["cannot write checkpoints to words.json"],
-    "train --steps 3 --strategy async --checkpoint kept": ["strategy='async' keeps no checkpoints", "strategy='ddp'"],
+    "train --steps 3 --strategy async --checkpoint kept": [
+        "strategy='async' keeps no checkpoints",
+        "strategy='ddp'",
+    ],
     "train --steps 3 --max-restarts -1": ["max_restarts=-1", "0 or more"],
     "train --strategy ring --compression fp16": ["compression='fp16'", "strategy='ddp'"],
     "train --strategy horovod": ["strategy='horovod'", "local-sgd"],
@@ -160,7 +261,9 @@ BAD = {  # what is typed: what the one sentence must name
 
 def refused(code, said, error, words):
     assert code == 2
-    lines = [line for line in error.splitlines() if line.strip() and "rung/s" not in line]     # the ladder's bar may stand before it
+    lines = [
+        line for line in error.splitlines() if line.strip() and "rung/s" not in line
+    ]  # the ladder's bar may stand before it
     assert len(lines) == 1 and lines[0].startswith("cnnlab: ") and "Traceback" not in error
     assert all(word in error for word in BAD[words]), error
     assert said == ""
@@ -173,14 +276,26 @@ def test_bad_input_gets_one_clear_sentence(files, words, monkeypatch, capsys):
     refused(code, *capsys.readouterr(), words)
 
 
-@pytest.mark.parametrize("words", ["train --model LeNet", "train --learning-rate nan", "train --batch-size 2000", "replay nowhere.jsonl", "replay torn.jsonl",
-                                   "train --steps 3 --record words.json/deeper", "train typo.json"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --model LeNet",
+        "train --learning-rate nan",
+        "train --batch-size 2000",
+        "replay nowhere.jsonl",
+        "replay torn.jsonl",
+        "train --steps 3 --record words.json/deeper",
+        "train typo.json",
+    ],
+)
 def test_bad_input_ends_the_process_with_2(files, words):
     done = cnnlab(*words.split(), folder=files)
     refused(done.returncode, done.stdout, done.stderr, words)
 
 
-@pytest.mark.parametrize("words", ["", "fly", "train --batch-size many", "train --no-such-option 3", "replay"])
+@pytest.mark.parametrize(
+    "words", ["", "fly", "train --batch-size many", "train --no-such-option 3", "replay"]
+)
 def test_words_that_are_no_command_get_the_usage(words, capsys):
     with pytest.raises(SystemExit) as left:
         main(words.split())
@@ -204,7 +319,7 @@ def test_a_truncated_record_is_replayed_with_a_word_about_it(tmp_path, capsys):
 
 def test_a_failed_run_ends_with_1_and_names_the_rank(monkeypatch, capsys):
     def run(recipe, checkpoints, max_restarts):
-        from cnnlab.launch import stream
+        from cnnlab.launch.launcher import stream
 
         def function(rank, world):
             yield from ()
@@ -212,7 +327,7 @@ def test_a_failed_run_ends_with_1_and_names_the_rank(monkeypatch, capsys):
 
         return stream(function, (), 1)
 
-    monkeypatch.setattr("cnnlab.launch.run", run)
+    monkeypatch.setattr("cnnlab.launch.launcher.run", run)
     assert main(["train", *QUICK]) == 1
     assert "rank 0 failed: LookupError: no such star" in capsys.readouterr().err
 

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cnnlab import launch
 from cnnlab.events import Progress, Started
-from cnnlab.launch import RankError, ranks
+from cnnlab.launch import launcher
+from cnnlab.launch.launcher import RankError, ranks
+from cnnlab.launch.worker import train_under_torchrun
 from cnnlab.model import SmallCNN
-from cnnlab.rank import train_here
-from cnnlab.recipe import Recipe, Refused
+from cnnlab.recipe import CnnlabError, Recipe
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
@@ -72,7 +72,7 @@ def demo_basic(rank, world_size):
     cleanup()
     print(f"Finished running basic DDP example on rank {{rank}}.")
     return sum(parameter.sum().item() for parameter in model.parameters())
-"""      # pytorch.org/tutorials/intermediate/ddp_tutorial.html, on the CPU; the last line is ours
+"""  # pytorch.org/tutorials/intermediate/ddp_tutorial.html, on the CPU; the last line is ours
 
 
 def cell(source, name="/tmp/ipykernel_1/1234.py"):
@@ -84,21 +84,31 @@ def cell(source, name="/tmp/ipykernel_1/1234.py"):
     return names
 
 
-@pytest.mark.parametrize("prefix", ["dist.", ""], ids=["dist.init_process_group", "init_process_group"])
+@pytest.mark.parametrize(
+    "prefix", ["dist.", ""], ids=["dist.init_process_group", "init_process_group"]
+)
 def test_the_official_tutorial_runs_unchanged(prefix, capsys):
-    names = cell(TUTORIAL.format(init=prefix + "init_process_group", destroy=prefix + "destroy_process_group"))
+    names = cell(
+        TUTORIAL.format(
+            init=prefix + "init_process_group", destroy=prefix + "destroy_process_group"
+        )
+    )
     demo_basic = names["demo_basic"]
     found = ranks(lambda: demo_basic(int(os.environ["RANK"]), 2), 2)
-    assert found[0] == pytest.approx(found[1])              # the models are one
+    assert found[0] == pytest.approx(found[1])  # the models are one
     lines = capsys.readouterr().out.splitlines()
     for rank in (0, 1):
-        assert [line for line in lines if line.startswith(f"[rank {rank}]")] == [f"[rank {rank}] {word} basic DDP example on rank {rank}."
-                                                                                  for word in ("Running", "Finished running")]
+        assert [line for line in lines if line.startswith(f"[rank {rank}]")] == [
+            f"[rank {rank}] {word} basic DDP example on rank {rank}."
+            for word in ("Running", "Finished running")
+        ]
 
 
 def test_a_function_for_torchrun_runs_unchanged():
     def main():
-        rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        rank, world, local = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        )
         dist.init_process_group()
         total = torch.tensor(rank + 1.0)
         dist.all_reduce(total)
@@ -121,9 +131,15 @@ def test_a_closure_takes_its_model_and_its_loader_with_it():
 
 def test_ddp_models_that_outlive_their_process_group_hang_nothing(tmp_path):
     """Gloo's threads, destroyed while a model of theirs is deleted, wait for the interpreter, which waits for them."""
+
     def cycles():
         for cycle in range(30):
-            dist.init_process_group("gloo", init_method=f"file://{tmp_path}/{cycle}", rank=int(os.environ["RANK"]), world_size=2)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{tmp_path}/{cycle}",
+                rank=int(os.environ["RANK"]),
+                world_size=2,
+            )
             model = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
             model(torch.ones(2, 4)).sum().backward()
             dist.destroy_process_group()
@@ -134,6 +150,7 @@ def test_ddp_models_that_outlive_their_process_group_hang_nothing(tmp_path):
 
 
 # What a rank says
+
 
 def test_what_a_rank_prints_comes_in_whole_lines_with_its_number(capsys):
     def talk():
@@ -150,7 +167,11 @@ def test_what_a_rank_prints_comes_in_whole_lines_with_its_number(capsys):
     said = capsys.readouterr().out.splitlines()
     assert all(line.startswith(("[rank 0] ", "[rank 1] ")) for line in said)
     for rank in (0, 1):
-        mine = [line.removeprefix(f"[rank {rank}] ") for line in said if line.startswith(f"[rank {rank}]")]
+        mine = [
+            line.removeprefix(f"[rank {rank}] ")
+            for line in said
+            if line.startswith(f"[rank {rank}]")
+        ]
         assert mine[:50] == [f"line {number} of {rank}" for number in range(50)]
         assert any(f"UserWarning: careful, {rank}" in line for line in mine)
         assert mine[-3:] == ["two", "lines", "no end"]
@@ -176,8 +197,12 @@ def test_a_loader_worker_that_prints_leaves_the_ranks_words_alone():
             return index
 
     said = []
-    assert ranks(lambda: sum(batch.sum().item() for batch in DataLoader(Talking(), num_workers=1)), 1, say=said.append) == [1225]
-    assert not said                                         # loader workers have the terminal
+    assert ranks(
+        lambda: sum(batch.sum().item() for batch in DataLoader(Talking(), num_workers=1)),
+        1,
+        say=said.append,
+    ) == [1225]
+    assert not said  # loader workers have the terminal
 
 
 def test_the_traceback_shows_lines_of_notebook_cells():
@@ -188,12 +213,14 @@ def test_the_traceback_shows_lines_of_notebook_cells():
     """)["function"]
     with pytest.raises(RankError) as caught:
         ranks(function, 2)
-    assert 'return star["Vega"]     # not there' in caught.value.traceback and "KeyError: 'Vega'" in str(caught.value)
+    assert (
+        'return star["Vega"]     # not there' in caught.value.traceback
+        and "KeyError: 'Vega'" in str(caught.value)
+    )
 
 
 SCRIPT = """
 import os
-from cnnlab.launch import ranks
 
 class Star:
     def __init__(self, name):
@@ -211,28 +238,48 @@ print(*(star.name for star in stars), all(isinstance(star, Star) for star in sta
 def test_a_script_needs_no_main_guard_and_gets_objects_of_its_own_classes(tmp_path, how):
     (tmp_path / "script.py").write_text(SCRIPT)
     words = [sys.executable, "script.py"] if how == "file" else [sys.executable, "-"]
-    done = subprocess.run(words, input=None if how == "file" else SCRIPT, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(
+        words,
+        input=None if how == "file" else SCRIPT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
     assert done.stdout == "Vega 0 Vega 1 True\n", done.stderr
 
 
 # Its place
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot pin processes to cores")
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="this system cannot pin processes to cores"
+)
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_ranks_share_the_cores_out(n):
     cores = sorted(os.sched_getaffinity(0))
     found = ranks(lambda: (sorted(os.sched_getaffinity(0)), torch.get_num_threads()), n)
     pinned = [core for mine, _ in found for core in mine]
     if n <= len(cores):
-        assert len(pinned) == len(set(pinned)) == n * (len(cores) // n) and set(pinned) <= set(cores)
-    else:                                                   # more ranks than cores: they take turns, each on one
+        assert len(pinned) == len(set(pinned)) == n * (len(cores) // n) and set(pinned) <= set(
+            cores
+        )
+    else:  # more ranks than cores: they take turns, each on one
         assert [len(mine) for mine, _ in found] == [1] * n and set(pinned) == set(cores)
     assert {threads for _, threads in found} == {max(1, len(cores) // n)}
 
 
 def test_a_run_says_where_its_ranks_are():
-    [one] = [event for event in launch.run(Recipe(steps=3, evaluate=False)) if isinstance(event, Started)]
-    two = [event for event in launch.run(Recipe(steps=3, evaluate=False, replicas=2)) if isinstance(event, Started)]
+    [one] = [
+        event
+        for event in launcher.run(Recipe(steps=3, evaluate=False))
+        if isinstance(event, Started)
+    ]
+    two = [
+        event
+        for event in launcher.run(Recipe(steps=3, evaluate=False, replicas=2))
+        if isinstance(event, Started)
+    ]
     if hasattr(os, "sched_getaffinity"):
         assert one.cores == sorted(os.sched_getaffinity(0))
         assert len(os.sched_getaffinity(0)) == 1 or not set(two[0].cores) & set(two[1].cores)
@@ -241,24 +288,39 @@ def test_a_run_says_where_its_ranks_are():
 
 def test_ranks_listen_on_loopback_only():
     listening = set()
-    for event in launch.run(Recipe(steps=2000, replicas=2, threads=1, evaluate=False)):
+    for event in launcher.run(Recipe(steps=2000, replicas=2, threads=1, evaluate=False)):
         if isinstance(event, Progress) and not event.warming_up:
             for process in psutil.Process().children(recursive=True):
-                listening |= {connection.laddr.ip for connection in process.net_connections() if connection.status == psutil.CONN_LISTEN}
+                listening |= {
+                    connection.laddr.ip
+                    for connection in process.net_connections()
+                    if connection.status == psutil.CONN_LISTEN
+                }
             break
     assert listening and listening <= {"127.0.0.1", "::1"}
-    assert ranks(lambda: os.environ["GLOO_SOCKET_IFNAME"], 1) == ["lo0" if sys.platform == "darwin" else "lo"]     # whatever this machine's name stands for
+    assert ranks(lambda: os.environ["GLOO_SOCKET_IFNAME"], 1) == [
+        "lo0" if sys.platform == "darwin" else "lo"
+    ]  # whatever this machine's name stands for
 
 
-@pytest.mark.parametrize("recipe, checkpoints, words", [
-    (Recipe(strategy="local-sgd", replicas=2), "kept", "keeps no checkpoints"), (Recipe(replicas=2), "file/kept", "cannot write checkpoints"),
-    (Recipe(strategy="async", replicas=2), None, "one machine")])
-def test_under_torchrun_what_cannot_be_done_is_refused_before_ranks_meet(tmp_path, monkeypatch, recipe, checkpoints, words):
+@pytest.mark.parametrize(
+    "recipe, checkpoints, words",
+    [
+        (Recipe(strategy="local-sgd", replicas=2), "kept", "keeps no checkpoints"),
+        (Recipe(replicas=2), "file/kept", "cannot write checkpoints"),
+        (Recipe(strategy="async", replicas=2), None, "one machine"),
+    ],
+)
+def test_under_torchrun_what_cannot_be_done_is_refused_before_ranks_meet(
+    tmp_path, monkeypatch, recipe, checkpoints, words
+):
     (tmp_path / "file").touch()
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(Refused, match=words):
-        next(train_here(recipe, checkpoints and tmp_path / checkpoints))
-    monkeypatch.setattr("cnnlab.machine.missing_for", lambda recipe: ["NVIDIA GPU missing: none here."])
-    with pytest.raises(Refused, match="NVIDIA GPU missing"):
-        next(train_here(Recipe(replicas=2)))
+    with pytest.raises(CnnlabError, match=words):
+        next(train_under_torchrun(recipe, checkpoints and tmp_path / checkpoints))
+    monkeypatch.setattr(
+        "cnnlab.machine.missing_for", lambda recipe: ["NVIDIA GPU missing: none here."]
+    )
+    with pytest.raises(CnnlabError, match="NVIDIA GPU missing"):
+        next(train_under_torchrun(Recipe(replicas=2)))

@@ -15,26 +15,39 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import alive
+from helpers import alive, wait_until
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from cnnlab import launch, plot, record
+from cnnlab import plots, record
 from cnnlab.events import Evaluated, Finished, Started
+from cnnlab.launch import launcher
 from cnnlab.recipe import Recipe
 
-FOLDER = Path(__file__).parent.parent / "notebooks" / "many_machines"
+FOLDER = Path(__file__).parents[2] / "notebooks" / "many_machines"
 VIRTUAL = ["bash", str(FOLDER / "hosts.sh")]
 HERE = [sys.executable, str(FOLDER / "here.py")]
 DIGITS = Recipe(steps=20, threads=1, checkpoint_every=10)
-PATIENCE = 120          # seconds after which something hangs; none of the tests below waits so long when all is well
+PATIENCE = 120  # seconds after which something hangs; none of the tests below waits so long when all is well
 
 # how a rank says that another is gone; the last one says its agent, when host 0 and with it the place to meet is gone
-LOST = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "The connection to the C10d store has failed"
-COMES_BACK = {"max-restarts": 2, "rdzv-conf": "keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"}
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "The connection to the C10d store has failed",
+)
+COMES_BACK = {
+    "max-restarts": 2,
+    "rdzv-conf": "keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60",
+}
 
 
 def possible():
-    check = subprocess.run([*VIRTUAL, "--check"], capture_output=True, text=True) if shutil.which("bash") else None
+    check = (
+        subprocess.run([*VIRTUAL, "--check"], capture_output=True, text=True)
+        if shutil.which("bash")
+        else None
+    )
     return (check.returncode, check.stdout.strip()) if check else (1, "there is no bash")
 
 
@@ -48,13 +61,23 @@ class Hosts:
 
     def __init__(self, launcher, count, *command, rate=None, env=None):
         words = [*launcher, str(count), *(["--rate", rate] if rate else []), "--", *command]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
-                                        env={**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR", **(env or {})})
+        self.process = subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            bufsize=1,
+            env={**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR", **(env or {})},
+        )
         self.seen, self.inbox = [], queue.Queue()
-        self.reader = threading.Thread(target=lambda: [self.inbox.put(line.rstrip()) for line in self.process.stdout], daemon=True)
+        self.reader = threading.Thread(
+            target=lambda: [self.inbox.put(line.rstrip()) for line in self.process.stdout],
+            daemon=True,
+        )
         self.reader.start()
 
-    def until(self, condition, what):
+    def wait_until(self, condition, what):
         """Take in lines until `condition()` holds."""
         end = time.monotonic() + PATIENCE
         while not condition():
@@ -115,18 +138,34 @@ def pythons(hosts):
 
 
 def gone(processes, seconds=5):
-    end = time.monotonic() + seconds
-    while alive(processes) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert not alive(processes), "processes are left"
+    wait_until(lambda: not alive(processes), "processes are left", seconds)
 
 
 def torchrun(hosts, recipe, folder, endpoint="host0:29500", ranks=1, **options):
     """The command that every host runs; it trains `recipe` and keeps the record and checkpoints in `folder`."""
     (folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
-    flags = {"nnodes": hosts, "nproc-per-node": ranks, "rdzv-backend": "c10d", "rdzv-endpoint": endpoint, "rdzv-id": "test", **options}
-    return [sys.executable, "-m", "torch.distributed.run", *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items()),
-            "-m", "cnnlab", "train", str(folder / "recipe.json"), "--record", str(folder), "--checkpoint", str(folder / "checkpoints")]
+    flags = {
+        "nnodes": hosts,
+        "nproc-per-node": ranks,
+        "rdzv-backend": "c10d",
+        "rdzv-endpoint": endpoint,
+        "rdzv-id": "test",
+        **options,
+    }
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items()),
+        "-m",
+        "cnnlab",
+        "train",
+        str(folder / "recipe.json"),
+        "--record",
+        str(folder),
+        "--checkpoint",
+        str(folder / "checkpoints"),
+    ]
 
 
 def kept(folder):
@@ -142,7 +181,7 @@ def recorded(folder):
 
 
 def losses(events):
-    return list(plot.losses_of(events)[1])
+    return list(plots.loss_curve(events)[1])
 
 
 def result(events):
@@ -154,7 +193,12 @@ def result(events):
 def parameters(folder):
     """All numbers of the model in the checkpoint of the last step, read without cnnlab."""
     dcp_to_torch_save(folder / "checkpoints" / f"step-{DIGITS.steps:08}", folder / "last.pt")
-    return torch.cat([values.flatten() for values in torch.load(folder / "last.pt", weights_only=False)["model"].values()])
+    return torch.cat(
+        [
+            values.flatten()
+            for values in torch.load(folder / "last.pt", weights_only=False)["model"].values()
+        ]
+    )
 
 
 def free_port():
@@ -165,13 +209,20 @@ def free_port():
 
 # Virtual hosts
 
+
 @needs_hosts
 def test_each_host_has_a_name_an_address_and_a_network_of_its_own(start):
     script = 'echo "$(hostname) $HOST of $HOSTS $HOST_ADDRESS $FIRST_ADDRESS $GLOO_SOCKET_IFNAME" $(ip -br addr show dev eth0)'
     hosts = start(VIRTUAL, 3, "bash", "-c", script)
     assert hosts.end() == 0
     for host in range(3):
-        line = next(line for line in hosts.seen if line.startswith(f"[host {host}] host{host} {host} of 3 10.77.0.{host + 1} 10.77.0.1 eth0"))
+        line = next(
+            line
+            for line in hosts.seen
+            if line.startswith(
+                f"[host {host}] host{host} {host} of 3 10.77.0.{host + 1} 10.77.0.1 eth0"
+            )
+        )
         assert f"10.77.0.{host + 1}/24" in line
 
 
@@ -180,7 +231,9 @@ def test_a_host_that_fails_is_a_failure_of_all(start):
     assert start(VIRTUAL, 2, "bash", "-c", "exit $HOST").end() == 1
 
 
-@pytest.mark.parametrize("launcher", [pytest.param(VIRTUAL, marks=needs_hosts), HERE], ids=["virtual", "here"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(VIRTUAL, marks=needs_hosts), HERE], ids=["virtual", "here"]
+)
 def test_a_host_can_be_killed_and_come_back(start, tmp_path, launcher):
     go = tmp_path / "go"
     script = f"""
@@ -222,16 +275,32 @@ def test_the_check_says_what_is_missing(tmp_path):
         pytest.skip("there is no bash")
     for tool in ("unshare", "nsenter", "setpriv", "tc", "hostname"):
         (tmp_path / tool).symlink_to("/bin/true")
-    for system, said in ("Linux", "the command ip is missing. Install the package iproute2."), ("Darwin", "this is Darwin"):
+    for system, said in (
+        ("Linux", "the command ip is missing. Install the package iproute2."),
+        ("Darwin", "this is Darwin"),
+    ):
         (tmp_path / "uname").unlink(missing_ok=True)
         (tmp_path / "uname").write_text(f"#!{bash}\necho {system}\n")
         (tmp_path / "uname").chmod(0o755)
-        check = subprocess.run([bash, FOLDER / "hosts.sh", "--check"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
-        assert check.returncode == 1 and said in check.stdout and len(check.stdout.splitlines()) == 1
+        check = subprocess.run(
+            [bash, FOLDER / "hosts.sh", "--check"],
+            env={"PATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert (
+            check.returncode == 1 and said in check.stdout and len(check.stdout.splitlines()) == 1
+        )
 
 
-@pytest.mark.parametrize("words, said", [(["0", "--", "true"], "number of hosts"), (["2", "true"], "a command is missing"),
-                                         (["2", "--rate", "fast", "--", "true"], "such as 100mbit")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["0", "--", "true"], "number of hosts"),
+        (["2", "true"], "a command is missing"),
+        (["2", "--rate", "fast", "--", "true"], "such as 100mbit"),
+    ],
+)
 def test_wrong_words_are_refused_with_the_mend(words, said):
     if not shutil.which("bash"):
         pytest.skip("there is no bash")
@@ -270,15 +339,28 @@ def test_a_limited_network_takes_the_time_it_must(start):
 
 # Training over them
 
+
 @needs_hosts
 @pytest.mark.parametrize("count", [2, 4])
 def test_hosts_train_as_ranks_on_one_machine_do(start, tmp_path, count):
     hosts = start(VIRTUAL, count, *torchrun(count, DIGITS, tmp_path))
     assert hosts.end() == 0, hosts.text()
     (tmp_path / "here").mkdir()
-    there, here = recorded(tmp_path), list(launch.run(DIGITS.but(replicas=count), checkpoints=tmp_path / "here" / "checkpoints"))
-    assert {event.rank for event in there} == set(range(count)) and sum(isinstance(event, Finished) for event in there) == count
-    assert losses(there) == pytest.approx(losses(here), abs=1e-6) and len(losses(there)) == DIGITS.steps
+    there, here = (
+        recorded(tmp_path),
+        list(
+            launcher.run(
+                DIGITS.replace(replicas=count), checkpoints=tmp_path / "here" / "checkpoints"
+            )
+        ),
+    )
+    assert {event.rank for event in there} == set(range(count)) and sum(
+        isinstance(event, Finished) for event in there
+    ) == count
+    assert (
+        losses(there) == pytest.approx(losses(here), abs=1e-6)
+        and len(losses(there)) == DIGITS.steps
+    )
     assert result(there) == pytest.approx(result(here), abs=1e-6)
     assert torch.allclose(parameters(tmp_path), parameters(tmp_path / "here"), rtol=0, atol=1e-6)
 
@@ -286,7 +368,7 @@ def test_hosts_train_as_ranks_on_one_machine_do(start, tmp_path, count):
 @needs_hosts
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_host_dies_the_rest_ends_and_says_why(start, tmp_path, victim):
-    endless = DIGITS.but(steps=1_000_000, checkpoint_every=5, evaluate=False)
+    endless = DIGITS.replace(steps=1_000_000, checkpoint_every=5, evaluate=False)
     hosts = start(VIRTUAL, 2, *torchrun(2, endless, tmp_path))
     hosts.until(lambda: kept(tmp_path), "a checkpoint")
     processes = hosts.processes()
@@ -294,22 +376,34 @@ def test_when_a_host_dies_the_rest_ends_and_says_why(start, tmp_path, victim):
     hosts.steer(f"kill {victim}")
     assert hosts.end() == 1
     assert time.monotonic() - killed < 30
-    said = [line for line in hosts.seen if line.startswith(f"[host {1 - victim}]") and any(reason in line for reason in LOST)]
+    said = [
+        line
+        for line in hosts.seen
+        if line.startswith(f"[host {1 - victim}]") and any(reason in line for reason in LOST)
+    ]
     assert said, hosts.text()
     gone(processes)
-    assert not list(tmp_path.glob("*.jsonl"))           # no record pretends that the run came to its end
+    assert not list(tmp_path.glob("*.jsonl"))  # no record pretends that the run came to its end
 
 
 @needs_hosts
 def test_a_host_that_comes_back_goes_on_from_the_checkpoint(start, tmp_path):
-    slow = DIGITS.but(steps=60, straggler_ms=50)        # slow enough to be killed in the middle
-    hosts = start(VIRTUAL, 2, *torchrun(2, slow, tmp_path, **COMES_BACK), env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    slow = DIGITS.replace(steps=60, straggler_ms=50)  # slow enough to be killed in the middle
+    hosts = start(
+        VIRTUAL,
+        2,
+        *torchrun(2, slow, tmp_path, **COMES_BACK),
+        env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    )
     hosts.until(lambda: kept(tmp_path), "a checkpoint")
     hosts.steer("kill 1")
     hosts.says("[host 1] is killed")
     hosts.steer("start 1")
     assert hosts.end() == 0, hosts.text()
-    after, whole = recorded(tmp_path), losses(list(launch.run(slow.but(straggler_ms=0.0, replicas=2))))
+    after, whole = (
+        recorded(tmp_path),
+        losses(list(launcher.run(slow.replace(straggler_ms=0.0, replicas=2)))),
+    )
     [first] = {event.first_step for event in after if isinstance(event, Started)}
     assert first in (10, 20, 30, 40, 50)
     assert losses(after) == pytest.approx(whole[first:], abs=1e-6)
@@ -318,16 +412,35 @@ def test_a_host_that_comes_back_goes_on_from_the_checkpoint(start, tmp_path):
 def test_two_agents_at_127_0_0_1_train_where_there_are_no_virtual_hosts(start, tmp_path):
     hosts = start(HERE, 2, *torchrun(2, DIGITS, tmp_path, f"127.0.0.1:{free_port()}"))
     assert hosts.end() == 0, hosts.text()
-    assert losses(recorded(tmp_path)) == pytest.approx(losses(list(launch.run(DIGITS.but(replicas=2)))), abs=1e-6)
+    assert losses(recorded(tmp_path)) == pytest.approx(
+        losses(list(launcher.run(DIGITS.replace(replicas=2)))), abs=1e-6
+    )
 
 
 def test_a_rank_leaves_without_taking_python_apart(tmp_path):
     """Threads of gloo may hold tensors at that time, and then abort the process, rarely (pytorch pull request 179291): here Python itself does, always."""
     (tmp_path / "sitecustomize.py").write_text("import atexit, os\natexit.register(os.abort)\n")
-    rank = {"TORCHELASTIC_RUN_ID": "test", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    env = {**os.environ, **rank, "PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run([sys.executable, "-m", "cnnlab", "train", "--steps", "4"], env=env, capture_output=True, text=True, timeout=PATIENCE)
+    rank = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    env = {
+        **os.environ,
+        **rank,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "cnnlab", "train", "--steps", "4"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0 and "images/s" in done.stdout, done.stdout + done.stderr
 
 
@@ -338,10 +451,18 @@ SLURM = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "host[0-1]"}
 
 def slurm(folder, srun, first_host):
     """Stand-ins for Slurm's commands on the PATH."""
-    for name, body in ("scontrol", f'[ "$*" = "show hostnames host[0-1]" ] && printf "{first_host}\\nhost1\\n"'), ("srun", f'shift; exec {srun} "$@"'):
+    for name, body in (
+        ("scontrol", f'[ "$*" = "show hostnames host[0-1]" ] && printf "{first_host}\\nhost1\\n"'),
+        ("srun", f'shift; exec {srun} "$@"'),
+    ):
         (folder / name).write_text(f"#!{shutil.which('bash')}\n{body}\n")
         (folder / name).chmod(0o755)
-    return {**SLURM, "PATH": os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])}
+    return {
+        **SLURM,
+        "PATH": os.pathsep.join(
+            [str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]
+        ),
+    }
 
 
 @pytest.mark.parametrize("nodes", [pytest.param(2, marks=needs_hosts), 1])
@@ -349,11 +470,26 @@ def test_the_slurm_script_trains(tmp_path, nodes):
     if not shutil.which("bash"):
         pytest.skip("there is no bash")
     (tmp_path / "recipe.json").write_text(json.dumps(DIGITS.to_dict()))
-    srun, first_host = (f"bash {FOLDER / 'hosts.sh'} 2 --", "host0") if nodes == 2 else ("", "127.0.0.1")
-    env = {**os.environ, **slurm(tmp_path, srun, first_host), "SLURM_NNODES": str(nodes), "RANKS_PER_NODE": str(2 // nodes)}
-    done = subprocess.run(["bash", FOLDER / "train.sbatch", tmp_path / "recipe.json", tmp_path], env=env, capture_output=True, text=True, timeout=PATIENCE)
+    srun, first_host = (
+        (f"bash {FOLDER / 'hosts.sh'} 2 --", "host0") if nodes == 2 else ("", "127.0.0.1")
+    )
+    env = {
+        **os.environ,
+        **slurm(tmp_path, srun, first_host),
+        "SLURM_NNODES": str(nodes),
+        "RANKS_PER_NODE": str(2 // nodes),
+    }
+    done = subprocess.run(
+        ["bash", FOLDER / "train.sbatch", tmp_path / "recipe.json", tmp_path],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(recorded(tmp_path)) == pytest.approx(losses(list(launch.run(DIGITS.but(replicas=2)))), abs=1e-6)
+    assert losses(recorded(tmp_path)) == pytest.approx(
+        losses(list(launcher.run(DIGITS.replace(replicas=2)))), abs=1e-6
+    )
     assert (tmp_path / f"checkpoints-{os.getpid()}" / "step-00000020").is_dir()
 
 
@@ -361,5 +497,9 @@ def test_the_slurm_script_asks_for_what_it_needs():
     if not shutil.which("bash"):
         pytest.skip("there is no bash")
     for words in ([], ["recipe.json"]):
-        refused = subprocess.run(["bash", FOLDER / "train.sbatch", *words], capture_output=True, text=True)
-        assert refused.returncode != 0 and "sbatch train.sbatch RECIPE.json FOLDER" in refused.stderr
+        refused = subprocess.run(
+            ["bash", FOLDER / "train.sbatch", *words], capture_output=True, text=True
+        )
+        assert (
+            refused.returncode != 0 and "sbatch train.sbatch RECIPE.json FOLDER" in refused.stderr
+        )

@@ -7,20 +7,23 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from helpers import wait_until
 from PIL import Image
 
-from cnnlab import ladder, launch, machine, panel
+from cnnlab import machine, widgets
 from cnnlab.events import Finished
+from cnnlab.launch import launcher
+from cnnlab.measure import ladder
 from cnnlab.recipe import Recipe
 
 SHORT = Recipe(steps=12, batch_size=64, evaluate=False)
-LONG = SHORT.but(steps=100_000, evaluate=True)
+LONG = SHORT.replace(steps=100_000, evaluate=True)
 SIZES = {"batch_size": [32, 64, 128]}
 
 
 @pytest.fixture
 def live(request):
-    made = panel.Training(getattr(request, "param", SHORT), SIZES)
+    made = widgets.TrainingPanel(getattr(request, "param", SHORT), SIZES)
     yield made
     made.stop()
     made.wait()
@@ -43,23 +46,25 @@ def test_run_returns_at_once(live):
 @pytest.mark.parametrize("live", [LONG], indirect=True)
 def test_stop_ends_the_processes(live):
     live.run()
-    wait_for(lambda: "step" in live.status.value)
+    wait_until(lambda: "step" in live.status.value, "it did not happen", 10)
     live.stop()
     live.wait()
     assert live.status.value.startswith("Stopped.") and not live.run_button.disabled
-    wait_for(lambda: not ranks())
+    wait_until(lambda: not ranks(), "it did not happen", 10)
 
 
 @pytest.mark.parametrize("live", [LONG], indirect=True)
 def test_a_moved_slider_trains_anew_and_keeps_the_earlier_run(live):
     live.controls["batch_size"].value = 32
-    assert live.thread is None                                # nothing was asked for yet
+    assert live.thread is None  # nothing was asked for yet
     live.run()
-    wait_for(lambda: "step" in live.status.value)
+    wait_until(lambda: "step" in live.status.value, "it did not happen", 10)
     live.controls["batch_size"].value = 128
-    wait_for(lambda: live.events and live.events[0].recipe.batch_size == 128)
+    wait_until(
+        lambda: live.events and live.events[0].recipe.batch_size == 128, "it did not happen", 10
+    )
     assert list(live.runs) == ["batch_size=32", "batch_size=128"] and live.recipe.batch_size == 128
-    assert len(ranks()) <= 1                                  # the one before is gone
+    assert len(ranks()) <= 1  # the one before is gone
 
 
 @pytest.mark.parametrize("live", [LONG], indirect=True)
@@ -70,10 +75,10 @@ def test_hectic_hands_leave_one_run_or_none(live):
         live.controls["batch_size"].value = value
         live.stop()
     live.run()
-    live.stop()                                               # before it could begin
+    live.stop()  # before it could begin
     live.wait()
     assert not live.run_button.disabled and live.stop_button.disabled
-    wait_for(lambda: not ranks() and threading.active_count() <= before)
+    wait_until(lambda: not ranks() and threading.active_count() <= before, "it did not happen", 10)
 
 
 def test_a_picture_that_cannot_be_drawn_is_said_in_the_panel(live):
@@ -88,25 +93,33 @@ def test_a_picture_that_cannot_be_drawn_is_said_in_the_panel(live):
 
 
 def test_what_this_machine_cannot_run_is_said_in_the_panel(live):
-    live.base = live.base.but(data="synthetic", images=32, batch_size=16)      # the slider asks for batches of 64
+    live.base = live.base.replace(
+        data="synthetic", images=32, batch_size=16
+    )  # the slider asks for batches of 64
     live.run()
     live.wait()
     assert "larger than the data" in live.status.value and not live.run_button.disabled
 
 
 def test_where_nothing_ran_there_is_nothing_to_explain():
-    live = panel.Training(SHORT.but(replicas=2, batch_size=64), {"batch_size": [63]})          # which two ranks cannot share
+    live = widgets.TrainingPanel(
+        SHORT.replace(replicas=2, batch_size=64), {"batch_size": [63]}
+    )  # which two ranks cannot share
     live.run()
     live.wait()
-    assert "cannot run" in live.status.value and live.why_button.disabled and not live.run_button.disabled
+    assert (
+        "cannot run" in live.status.value
+        and live.why_button.disabled
+        and not live.run_button.disabled
+    )
 
 
 def test_a_failed_rank_is_named_in_the_panel(live, monkeypatch):
     def run(recipe, stop):
-        raise launch.RankError(1, "ValueError: no", "Traceback: <here>")
+        raise launcher.RankError(1, "ValueError: no", "Traceback: <here>")
         yield
 
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launcher, "run", run)
     live.run()
     live.wait()
     assert "Rank 1 failed" in live.status.value and "&lt;here&gt;" in live.status.value
@@ -124,25 +137,45 @@ def test_only_points_are_drawn_while_nothing_else_changes(live):
     live.picture.png(live.draw)
     background = live.picture.background
     again = live.picture.png(live.draw)
-    assert live.picture.background is background              # the axes were not drawn anew
-    fresh = panel.Picture(2)
-    assert Image.open(io.BytesIO(again)).tobytes() == Image.open(io.BytesIO(fresh.png(live.draw))).tobytes()
+    assert live.picture.background is background  # the axes were not drawn anew
+    fresh = widgets.Picture(2)
+    assert (
+        Image.open(io.BytesIO(again)).tobytes()
+        == Image.open(io.BytesIO(fresh.png(live.draw))).tobytes()
+    )
 
 
 def test_every_word_of_a_ladder_is_in_the_picture():
     everything = replace(machine.describe(), cores=2, gpus=("A", "B"), compiler="g++", missing={})
-    climb = panel.Ladder(Recipe(batch_size=256))
-    names = {name for gpus in (("A", "B"), ()) for name in ladder.techniques(replace(everything, gpus=gpus))[0]}
-    climb.rungs = [{"name": name, "speedup": 1.0, "speedup_ci": [0.9, 3.0], "over_below_ci": [0.9, 3.0], "kept": False} for name in names]
+    climb = widgets.LadderPanel(Recipe(batch_size=256))
+    names = {
+        name
+        for gpus in (("A", "B"), ())
+        for name in ladder.techniques(replace(everything, gpus=gpus))[0]
+    }
+    climb.rungs = [
+        {
+            "name": name,
+            "speedup": 1.0,
+            "speedup_ci": [0.9, 3.0],
+            "over_below_ci": [0.9, 3.0],
+            "kept": False,
+        }
+        for name in names
+    ]
     climb.picture.png(climb.draw)
     figure, [ax] = climb.picture.figure, climb.picture.axes
     for text in (*ax.get_yticklabels(), *ax.get_xticklabels(), *ax.texts, ax.xaxis.label):
         box = text.get_window_extent()
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0, f"{text.get_text()!r} is cut off"
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0, (
+            f"{text.get_text()!r} is cut off"
+        )
 
 
 def test_the_ladder_panel_climbs_what_is_chosen():
-    climb = panel.Ladder(Recipe(batch_size=256, steps=3, warmup_steps=1, evaluate=False), repeats=2, seconds=0)
+    climb = widgets.LadderPanel(
+        Recipe(batch_size=256, steps=3, warmup_steps=1, evaluate=False), repeats=2, seconds=0
+    )
     for name, box in climb.controls.items():
         if name not in ("channels_last", "repeats"):
             box.value = False
@@ -152,7 +185,7 @@ def test_the_ladder_panel_climbs_what_is_chosen():
 
 
 def test_a_prediction_counts_once_it_is_made():
-    guess = panel.Prediction("how many?")
+    guess = widgets.Prediction("how many?")
     assert guess.value is None
     guess.box.value = 3.5
     guess.commit()
@@ -160,23 +193,22 @@ def test_a_prediction_counts_once_it_is_made():
 
 
 def ranks():
-    servers = [process for process in psutil.Process().children()
-               if process.status() != psutil.STATUS_ZOMBIE and "multiprocessing.forkserver" in " ".join(process.cmdline())]
+    servers = [
+        process
+        for process in psutil.Process().children()
+        if process.status() != psutil.STATUS_ZOMBIE
+        and "multiprocessing.forkserver" in " ".join(process.cmdline())
+    ]
     return [child for server in servers for child in server.children()]
-
-
-def wait_for(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_the_scaling_panel_gains_a_point_for_each_number_of_ranks():
     guess = {2: 1.5}
-    board = panel.Scaling(SHORT.but(threads=1), ranks=(1, 2), prediction=lambda: guess)
+    board = widgets.ScalingPanel(SHORT.replace(threads=1), ranks=(1, 2), prediction=lambda: guess)
     for count in (2, 1, 2):
-        board.controls["replicas"].value = count          # before the first Run this only chooses; afterwards it runs
+        board.controls[
+            "replicas"
+        ].value = count  # before the first Run this only chooses; afterwards it runs
         if not board.started:
             board.run()
         board.wait()
@@ -184,13 +216,17 @@ def test_the_scaling_panel_gains_a_point_for_each_number_of_ranks():
     measured = next(iter(board.points.values()))
     assert sorted(measured) == [1, 2]
     for baseline, own in measured.values():
-        assert baseline.recipe.replicas == 1 and baseline.recipe.strategy is None and own.recipe.strategy == "ddp"
+        assert (
+            baseline.recipe.replicas == 1
+            and baseline.recipe.strategy is None
+            and own.recipe.strategy == "ddp"
+        )
         assert len(baseline.images_per_s) == len(own.images_per_s)
     assert [len(own.images_per_s) for _, own in (measured[1], measured[2])] == [1, 2]
 
 
 def test_weak_scaling_gives_each_rank_a_batch_of_its_own_and_a_curve_of_its_own():
-    board = panel.Scaling(SHORT.but(threads=1), ranks=(1, 2))
+    board = widgets.ScalingPanel(SHORT.replace(threads=1), ranks=(1, 2))
     board.controls["scaling"].value = "weak"
     board.controls["replicas"].value = 2
     board.run()
@@ -202,18 +238,20 @@ def test_weak_scaling_gives_each_rank_a_batch_of_its_own_and_a_curve_of_its_own(
 
 
 def test_a_stopped_scaling_run_leaves_no_point():
-    board = panel.Scaling(LONG.but(evaluate=False), ranks=(2,))
+    board = widgets.ScalingPanel(LONG.replace(evaluate=False), ranks=(2,))
     board.run()
-    wait_for(lambda: "step" in board.status.value)
+    wait_until(lambda: "step" in board.status.value, "it did not happen", 10)
     board.stop()
     board.wait()
     assert board.status.value.startswith("Stopped.") and not any(board.points.values())
-    wait_for(lambda: not ranks())
+    wait_until(lambda: not ranks(), "it did not happen", 10)
 
 
 def test_a_crowd_of_ranks_is_said():
-    cores = panel.machine.cores()
-    board = panel.Training(SHORT.but(replicas=2 * cores, batch_size=16 * cores, threads=1), {"seed": [0]})
+    cores = machine.cores()
+    board = widgets.TrainingPanel(
+        SHORT.replace(replicas=2 * cores, batch_size=16 * cores, threads=1), {"seed": [0]}
+    )
     lines = []
     board.status.observe(lambda change: lines.append(change["new"]), "value")
     board.run()

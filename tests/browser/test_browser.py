@@ -6,34 +6,48 @@ import time
 
 import psutil
 import pytest
-from conftest import run_all, run_until, saved_notebook
+from helpers import run_all, run_until, saved_notebook
 from PIL import Image
 
 
 def test_training_runs_live_follows_a_slider_and_stops(lab, open_lesson):
-    page, panel = panel_of(lab, open_lesson, "02_training_loop", "panel.Training(", ("epochs=4 if quick else 20", "epochs=400"))    # long: no race with its end
+    page, panel = panel_of(
+        lab,
+        open_lesson,
+        "02_training_loop",
+        "panel.Training(",
+        ("epochs=4 if quick else 20", "epochs=400"),
+    )  # long: no race with its end
     first = picture(panel)
     panel.locator(".cnnlab-run").click()
     second = changed(panel, first)
-    changed(panel, second)                                      # it goes on changing while training runs
+    changed(panel, second)  # it goes on changing while training runs
     status(panel, "step ", "images/s")
 
-    for slider, key, label in (("batch-size", "ArrowLeft", "32"), ("learning-rate", "ArrowRight", "0.01")):
-        before = picture(panel)                                 # a moved slider trains anew, with the new value
+    for slider, key, label in (
+        ("batch-size", "ArrowLeft", "32"),
+        ("learning-rate", "ArrowRight", "0.01"),
+    ):
+        before = picture(panel)  # a moved slider trains anew, with the new value
         panel.locator(f".cnnlab-{slider} .noUi-handle").press(key)
         assert panel.locator(f".cnnlab-{slider} .widget-readout").inner_text() == label
         changed(panel, before)
         status(panel, "step ")
     began = time.monotonic()
     stop(page, panel)
-    assert time.monotonic() - began < 10                        # a hang limit; tests/benchmarks/latency.py times it
+    assert time.monotonic() - began < 10  # a hang limit; tests/benchmarks/latency.py times it
 
     saved = saved_notebook(page, lab, "02_training_loop.ipynb")
-    images = [output["data"]["image/png"] for cell in saved["cells"] for output in cell.get("outputs", [])
-              if "application/vnd.jupyter.widget-view+json" in output.get("data", {}) and "image/png" in output["data"]]
+    images = [
+        output["data"]["image/png"]
+        for cell in saved["cells"]
+        for output in cell.get("outputs", [])
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+        and "image/png" in output["data"]
+    ]
     assert images, "the panel's cell keeps no picture for pages that cannot run widgets"
     last = Image.open(io.BytesIO(base64.b64decode(images[-1]))).convert("RGB")
-    assert len(last.getcolors(1 << 24)) > 50                    # curves are in it: not an empty frame
+    assert len(last.getcolors(1 << 24)) > 50  # curves are in it: not an empty frame
 
 
 def test_the_ladder_grows_and_stops(lab, open_lesson):
@@ -51,15 +65,21 @@ def test_the_ladder_grows_and_stops(lab, open_lesson):
 
 
 def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_its_points(lab, open_lesson):
-    page, panel = panel_of(lab, open_lesson, "10_data_parallel", "panel.Scaling(", ("steps=8, threads", "steps=150, threads"))
+    page, panel = panel_of(
+        lab,
+        open_lesson,
+        "10_data_parallel",
+        "panel.Scaling(",
+        ("steps=8, threads", "steps=150, threads"),
+    )
     handle = panel.locator(".cnnlab-replicas .noUi-handle")
-    handle.press("ArrowLeft")                                   # from 2 to 1; nothing runs before the first Run
+    handle.press("ArrowLeft")  # from 2 to 1; nothing runs before the first Run
 
     before = picture(panel)
     panel.locator(".cnnlab-run").click()
     status(panel, "1 rank with DDP", "times")
     for key, ranks in (("ArrowRight", 2), ("ArrowRight", 4), ("ArrowLeft", 2), ("ArrowLeft", 1)):
-        handle.press(key)                                       # a moved slider trains anew
+        handle.press(key)  # a moved slider trains anew
         status(panel, f"{ranks} rank", "with DDP", "times")
         after = picture(panel)
         assert after != before, "the curve gained no point"
@@ -73,24 +93,47 @@ def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_its_points(lab,
     nothing_failed(page)
 
 
-@pytest.mark.parametrize("name, endless, slider, keys", [
-    ("05_parallel_loading", ("steps=14 if quick", "steps=4000 if quick"), "loader-workers", ["ArrowRight", "ArrowRight"]),
-    ("07_mixed_precision", ("else 4, epochs=1 if quick", "else 4000, epochs=1 if quick"), "memory-format", ["ArrowRight"]),
-    ("08_operator_fusion", ("steps=steps, threads=1", "steps=4000, threads=1"), "compiler", ["ArrowRight"])])
-def test_the_panel_of_a_lesson_runs_follows_its_slider_stops_and_says_why(lab, open_lesson, name, endless, slider, keys):
+@pytest.mark.parametrize(
+    "name, endless, slider, keys",
+    [
+        (
+            "05_parallel_loading",
+            ("steps=14 if quick", "steps=4000 if quick"),
+            "loader-workers",
+            ["ArrowRight", "ArrowRight"],
+        ),
+        (
+            "07_mixed_precision",
+            ("else 4, epochs=1 if quick", "else 4000, epochs=1 if quick"),
+            "memory-format",
+            ["ArrowRight"],
+        ),
+        (
+            "08_operator_fusion",
+            ("steps=steps, threads=1", "steps=4000, threads=1"),
+            "compiler",
+            ["ArrowRight"],
+        ),
+    ],
+)
+def test_the_panel_of_a_lesson_runs_follows_its_slider_stops_and_says_why(
+    lab, open_lesson, name, endless, slider, keys
+):
     page, panel = panel_of(lab, open_lesson, name, "panel.Training(", endless)
     before = picture(panel)
     panel.locator(".cnnlab-run").click()
     status(panel, "step ", "images/s")
     for key in keys:
         before = changed(panel, before)
-        panel.locator(f".cnnlab-{slider} .noUi-handle").press(key)      # a moved slider trains anew
-        status(panel, "step ", "images/s", seconds=120)                 # torch.compile compiles first
+        panel.locator(f".cnnlab-{slider} .noUi-handle").press(key)  # a moved slider trains anew
+        status(panel, "step ", "images/s", seconds=120)  # torch.compile compiles first
     changed(panel, before)
     stop(page, panel)
     if name.startswith("05"):
         panel.locator(".cnnlab-why").click()
-        page.wait_for_function("() => document.querySelector('.cnnlab-reason pre')", timeout=120_000)
+        page.wait_for_function(
+            "() => document.querySelector('.cnnlab-reason pre')", timeout=120_000
+        )
         assert "Most of a step is" in panel.locator(".cnnlab-reason").inner_text()
     nothing_failed(page)
 
@@ -145,13 +188,20 @@ def stop(page, panel):
 
 
 def nothing_failed(page):
-    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]").count() == 0
+    assert (
+        page.locator(
+            ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*=error]"
+        ).count()
+        == 0
+    )
 
 
 def picture(panel):
     """The bytes of the picture that is on the screen."""
     image = panel.locator("img.cnnlab-picture, .cnnlab-picture img").first
-    return image.evaluate("async image => { const b = await (await fetch(image.src)).blob(); return b.size + ':' + await b.text(); }")
+    return image.evaluate(
+        "async image => { const b = await (await fetch(image.src)).blob(); return b.size + ':' + await b.text(); }"
+    )
 
 
 def changed(panel, before, seconds=30):
@@ -183,5 +233,9 @@ def kernel_answers(page):
 def ranks_alive():
     """Processes of this JupyterLab that are still training: they are the ones that a kernel's fork server has forked."""
     time.sleep(1)
-    servers = [process for process in psutil.Process().children(recursive=True) if "multiprocessing.forkserver" in " ".join(process.cmdline())]
+    servers = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "multiprocessing.forkserver" in " ".join(process.cmdline())
+    ]
     return [child for server in servers for child in server.children()]
