@@ -355,7 +355,7 @@ def _recipe_options(parser, names):
     read = {bool: lambda text: {"true": True, "false": False}.get(text.lower(), text)}
     for field in fields(Recipe):
         if field.name in names:
-            kind = (*get_args(field.type), field.type)[0]  # int of int | None
+            kind = str if field.name in CHOICES else (*get_args(field.type), field.type)[0]
             choices = filter(None, CHOICES.get(field.name, [field.name.upper()]))
             default = "" if field.default is None else f"default: {field.default}"
             group.add_argument(

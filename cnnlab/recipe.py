@@ -1,246 +1,268 @@
-"""`Recipe`: everything that decides how one training run goes, as plain, frozen, JSON-safe values."""
+"""`Recipe`: every setting of one training run, as plain, frozen, JSON-safe values."""
 
 import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-CHOICES = {
-    "model": ("SmallCNN", "ResNet9", "VGG16", "VGG19"),
-    "data": ("digits", "fashion-mnist", "cifar10", "synthetic", "photos"),
-    "augment": ("none", "shift", "crop"),
-    "optimizer": ("sgd", "adam"),
-    "schedule": ("constant", "cosine"),
-    "device": ("cpu", "cuda"),
-    "loader": ("sample", "batch"),
-    "precision": ("fp32", "tf32", "bf16", "fp16"),
-    "memory_format": ("contiguous", "channels_last"),
-    "pooling": ("after-relu", "before-relu"),
-    "compiler": ("eager", "inductor", "inductor-except-pool"),
-    "strategy": (None, "ddp", "ring", "local-sgd", "async"),
-    "compression": ("none", "fp16", "bf16", "powersgd"),
+Model = Literal["SmallCNN", "ResNet9", "VGG16", "VGG19"]
+Data = Literal["digits", "fashion-mnist", "cifar10", "synthetic", "photos"]
+Augment = Literal["none", "shift", "crop"]
+Optimizer = Literal["sgd", "adam"]
+Schedule = Literal["constant", "cosine"]
+Device = Literal["cpu", "cuda"]
+Loader = Literal["sample", "batch"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+MemoryFormat = Literal["contiguous", "channels_last"]
+Pooling = Literal["after-relu", "before-relu"]
+Compiler = Literal["eager", "inductor", "inductor-except-pool"]
+Strategy = Literal["ddp", "ring", "local-sgd", "async"]
+Compression = Literal["none", "fp16", "bf16", "powersgd"]
+
+# Every other number must be above 0.
+ZERO_ALLOWED = {
+    "warmup_steps",
+    "loader_workers",
+    "seed",
+    "staleness",
+    "latency_ms",
+    "straggler_ms",
 }
+DDP_ONLY_DEFAULTS = {"compression": "none", "bucket_mb": None, "accumulate": 1}
 
 
-DDP_ONLY_DEFAULTS = {
-    "compression": "none",
-    "bucket_mb": None,
-    "accumulate": 1,
-}  # fields that mean nothing elsewhere, and their defaults
+def changes(a: "Recipe", b: "Recipe") -> dict[str, tuple[Any, Any]]:
+    """The fields that differ: {field name: (value in `a`, value in `b`)}."""
+    pairs = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(Recipe)}
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+
+def format_changes(a: "Recipe", b: "Recipe") -> str:
+    """`changes(a, b)` as a short label for a plot, such as "threads=2, precision=bf16"."""
+    label = ", ".join(f"{name}={new}" for name, (_, new) in changes(a, b).items())
+    return label or "unchanged"
+
+
+def allowed_choices(name: str) -> tuple[str | None, ...]:
+    """The values that a `Literal` field allows; empty for numbers and flags."""
+    kind, optional = _split_optional(FIELD_TYPES[name])
+    if get_origin(kind) is not Literal:
+        return ()
+    choices = get_args(kind)
+    return (None, *choices) if optional else choices
+
+
+def _split_optional(hint: Any) -> tuple[Any, bool]:
+    """(int, True) for `int | None`, and (int, False) for `int`."""
+    members = get_args(hint)
+    return (members[0], True) if NoneType in members else (hint, False)
+
+
+def _check_field(name: str, value: Any) -> None:
+    """Raise `CnnlabError` if `value` does not fit the type of the field `name`."""
+    kind, optional = _split_optional(FIELD_TYPES[name])
+    if value is None and optional:
+        return
+    if get_origin(kind) is Literal:
+        _check_choice(name, value)
+    elif kind is bool:
+        if not isinstance(value, bool):
+            raise CnnlabError(f"{name}={value!r} is not allowed. Use True or False.")
+    else:
+        _check_number(name, value, kind)
+
+
+def _check_choice(name: str, value: Any) -> None:
+    allowed = allowed_choices(name)
+    if value not in allowed:
+        hint = _suggest(str(value), [choice for choice in allowed if choice])
+        names = ", ".join(str(choice) for choice in allowed)
+        raise CnnlabError(f"{name}={value!r} is not allowed. Choose one of {names}.{hint}")
+
+
+def _check_number(name: str, value: Any, kind: type) -> None:
+    zero_allowed = name in ZERO_ALLOWED
+    if _is_number(value, kind) and (value > 0 or (value == 0 and zero_allowed)):
+        return
+    if kind is int:
+        allowed = f"an integer of at least {0 if zero_allowed else 1}"
+    else:
+        allowed = "a finite number " + ("of at least 0" if zero_allowed else "above 0")
+    raise CnnlabError(f"{name}={value!r} is not allowed. Use {allowed}.")
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    return kind is float and isinstance(value, float) and math.isfinite(value)
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    for name in values:
+        if name not in FIELD_TYPES:
+            fallback = f" Choose one of {', '.join(FIELD_TYPES)}."
+            hint = _suggest(name, list(FIELD_TYPES)) or fallback
+            raise CnnlabError(f"a recipe has no field {name!r}.{hint}")
+
+
+def _suggest(name: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _check_batch(recipe: "Recipe") -> None:
+    batch, replicas = recipe.batch_size, recipe.replicas
+    if batch % replicas:
+        nearest = max(replicas, round(batch / replicas) * replicas)
+        raise CnnlabError(
+            f"batch_size={batch} is not divisible by replicas={replicas}. "
+            f"Use a multiple of {replicas}, such as {nearest}."
+        )
+    share = batch // replicas
+    if share % recipe.accumulate:
+        raise CnnlabError(
+            f"accumulate={recipe.accumulate} does not divide the {share} images per rank. "
+            f"Use a divisor of {share}."
+        )
+    if recipe.data == "synthetic" and batch > recipe.images:
+        raise CnnlabError(
+            f"batch_size={batch} is larger than the data set, images={recipe.images}. "
+            "Lower batch_size or raise images."
+        )
+
+
+def _check_strategy(recipe: "Recipe") -> None:
+    strategy = recipe.strategy
+    if strategy in (None, "ddp"):
+        return
+    for name, default in DDP_ONLY_DEFAULTS.items():
+        value = getattr(recipe, name)
+        if value != default:
+            raise CnnlabError(
+                f"{name}={value!r} needs strategy='ddp', because strategy={strategy!r} does not "
+                f"use DDP's gradient buckets. Use strategy='ddp' or {name}={default!r}."
+            )
+    if recipe.precision == "fp16":
+        raise CnnlabError(
+            "precision='fp16' needs strategy='ddp', because a rank whose gradients overflow skips "
+            f"the step and would block the other ranks of strategy={strategy!r}. "
+            "Use precision='bf16'."
+        )
+    if strategy == "async" and recipe.schedule != "constant":
+        raise CnnlabError(
+            "strategy='async' needs schedule='constant', because its ranks share no step count. "
+            "Use schedule='constant'."
+        )
+
+
+def _check_device_and_data(recipe: "Recipe") -> None:
+    if recipe.device != "cpu" and (recipe.latency_ms or recipe.bandwidth_mbit):
+        raise CnnlabError(
+            "latency_ms and bandwidth_mbit need device='cpu', because the simulated network cannot "
+            "delay transfers between GPUs. Use device='cpu' or their defaults."
+        )
+    if recipe.device != "cuda" and recipe.precision == "tf32":
+        raise CnnlabError(
+            "precision='tf32' needs device='cuda', because it is a mode of NVIDIA Tensor Cores. "
+            "On a CPU, use precision='bf16'."
+        )
+    if recipe.steps is not None and recipe.steps <= recipe.warmup_steps:
+        raise CnnlabError(
+            f"steps={recipe.steps} leaves no step to time after warmup_steps="
+            f"{recipe.warmup_steps}. Raise steps or lower warmup_steps."
+        )
+    if recipe.augment == "crop" and recipe.data != "photos":
+        raise CnnlabError(
+            "augment='crop' needs data='photos', because photos are cropped while they are "
+            "decoded. For other data, use augment='shift'."
+        )
 
 
 class CnnlabError(ValueError):
-    """What was asked for cannot be done; the message names the value, what is allowed, and the mend."""
+    """An error that the user can fix. The message names the value, what is allowed, and a fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training configuration. The defaults train `SmallCNN` on the embedded digits, the plainest way.
+    """One training configuration. The defaults train `SmallCNN` on scikit-learn's digits.
 
-    Raises `CnnlabError` for a value or a combination that can run on no machine; what only *this* machine
-    lacks (a GPU, a compiler) is reported by `machine.missing_for(recipe)`.
+    Raises `CnnlabError` for values and combinations that cannot run on any machine. What this
+    machine lacks, such as a GPU or a compiler, is reported by `machine.missing_for(recipe)`.
     """
 
-    model: str = "SmallCNN"
-    width: int | None = None  # channels of the first convolution; None: the model's own
-    data: str = "digits"
-    images: int = 2048  # how many, for synthetic data and photos only
-    image_size: int = 32  # pixels a side, for synthetic data and photos only
-    classes: int = 10  # for synthetic data only
-    batch_size: int = 64  # images a step, all ranks together
-    epochs: int = 1
-    steps: int | None = None  # stop after so many steps, however many epochs they take
-    warmup_steps: int = 2  # timed apart: compilation, caches, first allocations
-    augment: str = "none"  # shift: each batch moved by up to 2 pixels; crop: a random part of each photo, perhaps mirrored
-    optimizer: str = "adam"  # sgd has momentum 0.9
-    learning_rate: float = 0.003
-    schedule: str = "constant"  # cosine: down to 0 at the last step
-    seed: int = 0
-    evaluate: bool = True  # held-out accuracy after each epoch and at the end
-    device: str = "cpu"
-    threads: int | None = None  # a rank; None: the cores shared out among the ranks
-    loader: str = "sample"  # fetch sample by sample and collate, or index a whole batch at once
-    loader_workers: int = 0
-    precision: str = "fp32"
-    memory_format: str = "contiguous"
-    pooling: str = "after-relu"  # max-pooling before ReLU gives the same numbers from less work
-    compiler: str = (
-        "eager"  # inductor: torch.compile; except-pool: with max-pooling left to PyTorch's own code
-    )
-    replicas: int = 1  # ranks, each with a whole copy of the model and its share of every batch
-    strategy: str | None = (
-        None  # how replicas stay equal; None: ddp, and nothing where there is one replica
-    )
-    compression: str = "none"  # ddp: what gradients are squeezed into on their way
-    bucket_mb: float | None = (
-        None  # ddp: gradients travel in buckets of so many MiB; None: torch's own, 1 and then 25
-    )
-    accumulate: int = 1  # ddp: parts that a batch is computed in, one exchange of gradients for all
-    sync_every: int = 8  # local-sgd: steps between two averagings of the parameters
-    staleness: int | None = (
-        None  # async: steps that a rank may be ahead of the slowest, counted anew each epoch; None: any number
-    )
-    latency_ms: float = 0.0  # simulated network: what each message takes at least ...
-    bandwidth_mbit: float | None = (
-        None  # ... and how much a link carries, in Mbit/s; None: as fast as it is
-    )
-    straggler_ms: float = 0.0  # the last rank sleeps so long in each step, on purpose
-    checkpoint_every: int = 100  # steps, for runs that keep checkpoints
+    # The command line shows these comments as help.
+    model: Model = "SmallCNN"  # network to train
+    width: int | None = None  # channels of the first convolution; None: the model's default
+    data: Data = "digits"  # data set to train on
+    images: int = 2048  # number of images (synthetic and photos only)
+    image_size: int = 32  # height and width in pixels (synthetic and photos only)
+    classes: int = 10  # number of classes (synthetic only)
+    batch_size: int = 64  # images per step, all ranks together
+    epochs: int = 1  # passes over the training images
+    steps: int | None = None  # training steps, overrides epochs; None: as many as the epochs have
+    warmup_steps: int = 2  # first steps, timed separately: compilation, caches, allocations
+    augment: Augment = "none"  # shift: moves batches up to 2 pixels; crop: random crops of photos
+    optimizer: Optimizer = "adam"  # sgd has momentum 0.9
+    learning_rate: float = 0.003  # learning rate of the first step
+    schedule: Schedule = "constant"  # learning rate over time; cosine: decays to 0 at the last step
+    seed: int = 0  # seed of the initial weights, the order of the images, and the augmentation
+    evaluate: bool = True  # measure held-out accuracy after each epoch and at the end
 
-    def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            _check_choice(name, getattr(self, name), allowed)
-        for name in (
-            "images",
-            "image_size",
-            "classes",
-            "batch_size",
-            "epochs",
-            "replicas",
-            "accumulate",
-            "sync_every",
-            "checkpoint_every",
-        ):
-            _check_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "loader_workers", "seed"):
-            _check_integer(name, getattr(self, name), 0)
-        for name, least in {"width": 1, "steps": 1, "threads": 1, "staleness": 0}.items():
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), least)
-        for name in ("latency_ms", "straggler_ms"):
-            _check_number(name, getattr(self, name), "of 0 or more", lambda value: value >= 0)
-        for name in ("learning_rate", "bucket_mb", "bandwidth_mbit"):
-            if getattr(self, name) is not None or name == "learning_rate":
-                _check_number(name, getattr(self, name), "above 0", lambda value: value > 0)
+    device: Device = "cpu"  # device of the model
+    threads: int | None = None  # CPU threads per rank; None: the cores divided among the ranks
+    loader: Loader = "sample"  # sample: load one by one and collate; batch: index whole batches
+    loader_workers: int = 0  # loader processes per rank; 0: load in the training process
+    precision: Precision = "fp32"  # number format of convolutions and matrix products
+    memory_format: MemoryFormat = "contiguous"  # memory layout of weights and activations
+    pooling: Pooling = "after-relu"  # before-relu: the same values from less work
+    compiler: Compiler = "eager"  # inductor: torch.compile; except-pool: max-pooling stays eager
+
+    replicas: int = 1  # ranks, each with a copy of the model and a share of every batch
+    strategy: Strategy | None = None  # how replicas stay in sync; None: ddp for several replicas
+    compression: Compression = "none"  # gradient compression in the all-reduce (ddp only)
+    bucket_mb: float | None = None  # gradient bucket size in MiB (ddp only); None: torch's own
+    accumulate: int = 1  # micro-batches per step, with one all-reduce for all (ddp only)
+    sync_every: int = 8  # steps between two averagings of the parameters (local-sgd only)
+    staleness: int | None = None  # steps a rank may be ahead of the slowest (async); None: any
+    latency_ms: float = 0.0  # simulated network: minimum time per message in ms
+    bandwidth_mbit: float | None = None  # simulated network: link speed in Mbit/s; None: no limit
+    straggler_ms: float = 0.0  # ms that the last rank sleeps in each step
+    checkpoint_every: int = 100  # steps between two checkpoints, if checkpoints are kept
+
+    def __post_init__(self) -> None:
+        for name in FIELD_TYPES:
+            _check_field(name, getattr(self, name))
         if self.seed >= 2**31:
             raise CnnlabError(
-                f"seed={self.seed} is not allowed: it must be below 2147483648, for numpy takes no more than 32 bits."
+                f"seed={self.seed} is too large for NumPy. Use a seed below 2**31 = {2**31}."
             )
-        if not isinstance(self.evaluate, bool):
-            raise CnnlabError(
-                f"evaluate={self.evaluate!r} is not allowed: it must be True or False."
-            )
-        self._check_combinations()
+        _check_batch(self)
+        _check_strategy(self)
+        _check_device_and_data(self)
 
-    def _check_combinations(self):
-        if self.batch_size % self.replicas:
-            raise CnnlabError(
-                f"batch_size={self.batch_size} cannot be split evenly over replicas={self.replicas}: "
-                f"take a multiple of {self.replicas}, such as {_nearest_multiple(self.batch_size, self.replicas)}."
-            )
-        if self.strategy not in (None, "ddp"):
-            for name, default in DDP_ONLY_DEFAULTS.items():
-                if getattr(self, name) != default:
-                    raise CnnlabError(
-                        f"{name}={getattr(self, name)!r} needs strategy='ddp': strategy={self.strategy!r} sends no gradients in buckets."
-                    )
-            if self.precision == "fp16":
-                raise CnnlabError(
-                    f"precision='fp16' needs strategy='ddp': a rank that skips a step, for its gradients overflow, would leave the "
-                    f"others of strategy={self.strategy!r} waiting. Take precision='bf16'."
-                )
-        if (self.latency_ms or self.bandwidth_mbit) and self.device != "cpu":
-            raise CnnlabError(
-                "latency_ms and bandwidth_mbit need device='cpu': the simulated network cannot hold up what a GPU sends by itself."
-            )
-        if self.strategy == "async" and self.schedule != "constant":
-            raise CnnlabError(
-                "strategy='async' needs schedule='constant': its ranks share no count of steps. Take schedule='constant'."
-            )
-        if self.batch_size // self.replicas % self.accumulate:
-            raise CnnlabError(
-                f"accumulate={self.accumulate} cannot split the {self.batch_size // self.replicas} images of a rank evenly: take a "
-                f"divisor of it."
-            )
-        if self.precision == "tf32" and self.device != "cuda":
-            raise CnnlabError(
-                "precision='tf32' needs device='cuda': it is a mode of NVIDIA's matrix units. "
-                "On a CPU take precision='bf16'."
-            )
-        if self.steps is not None and self.steps <= self.warmup_steps:
-            raise CnnlabError(
-                f"steps={self.steps} leaves nothing to time after warmup_steps={self.warmup_steps}: "
-                "raise steps or lower warmup_steps."
-            )
-        if self.augment == "crop" and self.data != "photos":
-            raise CnnlabError(
-                "augment='crop' needs data='photos': it is done while a file is decoded. Elsewhere take augment='shift'."
-            )
-        if self.data == "synthetic" and self.batch_size > self.images:
-            raise CnnlabError(
-                f"batch_size={self.batch_size} is larger than the data, images={self.images}: "
-                "lower batch_size or raise images."
-            )
-
-    def replace(self, **changes):
-        """The same recipe with some fields changed."""
-        _check_field_names(changes)
+    def replace(self, **changes: Any) -> "Recipe":
+        """A copy with some fields changed."""
+        _check_names(changes)
         return dataclasses.replace(self, **changes)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-safe values."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values):
-        """The inverse of `to_dict`; fields left out take their defaults, unknown ones are refused."""
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """The inverse of `to_dict`. Missing fields take their defaults; unknown ones raise."""
         if not isinstance(values, dict):
             raise CnnlabError(
                 f"a recipe is a JSON object of names and values, not {type(values).__name__}."
             )
-        _check_field_names(values)
+        _check_names(values)
         return cls(**values)
 
 
-def changes(a, b):
-    """What differs from recipe `a` to recipe `b`: {field name: (value in a, value in b)}."""
-    return {
-        f.name: (getattr(a, f.name), getattr(b, f.name))
-        for f in fields(Recipe)
-        if getattr(a, f.name) != getattr(b, f.name)
-    }
+FIELD_TYPES = get_type_hints(Recipe)
 
-
-def format_changes(a, b):
-    """`changes(a, b)` as a short label for a plot, such as 'threads=2, precision=bf16'."""
-    return ", ".join(f"{name}={new}" for name, (_, new) in changes(a, b).items()) or "unchanged"
-
-
-def _check_choice(name, value, allowed):
-    if value not in allowed:
-        close = difflib.get_close_matches(str(value), filter(None, allowed), n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise CnnlabError(
-            f"{name}={value!r} is not known: take one of {', '.join(map(str, allowed))}.{hint}"
-        )
-
-
-def _check_integer(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise CnnlabError(
-            f"{name}={value!r} is not allowed: it must be a whole number, {least} or more."
-        )
-
-
-def _check_number(name, value, allowed, fits):
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or not fits(value)
-    ):
-        raise CnnlabError(f"{name}={value!r} is not allowed: it must be a finite number {allowed}.")
-
-
-def _check_field_names(values):
-    names = [f.name for f in fields(Recipe)]
-    for name in values:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = (
-                f" Did you mean {close[0]!r}?" if close else f" The fields are {', '.join(names)}."
-            )
-            raise CnnlabError(f"a recipe has no field {name!r}.{hint}")
-
-
-def _nearest_multiple(value, factor):
-    return max(factor, round(value / factor) * factor)
+# Used by cli.py until tyro builds the options.
+CHOICES = {name: allowed_choices(name) for name in FIELD_TYPES if allowed_choices(name)}
