@@ -1,4 +1,4 @@
-"""Fixtures: a real JupyterLab and a real browser, runs that leave nothing behind."""
+"""Fixtures: a real JupyterLab and a real browser, and checks that runs leave nothing behind."""
 
 import os
 import shutil
@@ -20,15 +20,24 @@ from helpers import (
     wait_until,
 )
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as in the background of a shell: what the tests start would ignore interrupts too
+# A shell starts background jobs with SIGINT ignored, and the processes of the tests inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+JUPYTER_FOLDERS = (
+    "JUPYTER_CONFIG_DIR",
+    "JUPYTER_DATA_DIR",
+    "JUPYTER_RUNTIME_DIR",
+    "IPYTHONDIR",
+    "JUPYTERLAB_SETTINGS_DIR",
+    "JUPYTERLAB_WORKSPACES_DIR",
+)
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """Address and token of a JupyterLab that serves a copy of the lessons, with settings of its own."""
+    """The address, token and root folder of a JupyterLab that serves a copy of the lessons."""
     home = tmp_path_factory.mktemp("lab")
     root = home / "notebooks"
     shutil.copytree(REPOSITORY / "notebooks", root)
@@ -36,32 +45,14 @@ def lab(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     token = "for-the-tests"
-    folders = {
-        name: str(home / name.lower())
-        for name in (
-            "JUPYTER_CONFIG_DIR",
-            "JUPYTER_DATA_DIR",
-            "JUPYTER_RUNTIME_DIR",
-            "IPYTHONDIR",
-            "JUPYTERLAB_SETTINGS_DIR",
-            "JUPYTERLAB_WORKSPACES_DIR",
-        )
-    }
+    folders = {name: str(home / name.lower()) for name in JUPYTER_FOLDERS}
     environment = {**os.environ, **folders, "JUPYTER_TOKEN": token}
-    for name in ("CNNLAB_UNATTENDED", "CNNLAB_QUICK"):  # as a learner has it
+    for name in ("CNNLAB_UNATTENDED", "CNNLAB_QUICK"):  # learners do not set these
         environment.pop(name, None)
     command = [
-        sys.executable,
-        "-m",
-        "jupyter",
-        "lab",
-        "--no-browser",
-        "--ip=127.0.0.1",
-        f"--port={port}",
-        "--allow-root",
-        "--ServerApp.port_retries=0",
-        f"--ServerApp.root_dir={root}",
-        "--expose-app-in-browser",
+        *(sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"),
+        *("--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"),
+        *(f"--ServerApp.root_dir={root}", "--expose-app-in-browser"),
     ]
     with open(home / "log", "w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -80,30 +71,27 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's or the user's Chromium."""
-    path = next(
-        (
-            found
-            for found in map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-            if found
-        ),
-        None,
-    )
+    """The system's Chromium, driven by Playwright."""
+    paths = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    path = next((path for path in paths if path), None)
     if path is None and not os.environ.get("CI"):
-        pytest.skip(
-            "no Chromium here: install it (apt install chromium) to test what a person sees"
-        )
-    assert path, "CI has no Chromium"
+        pytest.skip("Chromium is missing. Install it (apt install chromium) to test in a browser.")
+    assert path, "Chromium is missing on CI"
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=path, args=CHROMIUM) as chromium:
-            yield chromium
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=path, args=CHROMIUM) as chromium,
+    ):
+        yield chromium
 
 
 @pytest.fixture
 def open_lesson(lab, browser, request):
-    """open_lesson(name) shows a lesson in the browser, kernel ready, and returns the page; `.run_all()` follows."""
+    """open_lesson(name) opens a lesson in the browser and returns the page, with the kernel ready.
+
+    With CNNLAB_SCREENSHOTS set to a folder, each page is saved there as a picture at the end.
+    """
     contexts = []
 
     def show(name, width=1366, height=900):
@@ -126,7 +114,7 @@ def open_lesson(lab, browser, request):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """torch computes with one thread: tests run beside others."""
+    """torch computes with one thread, because other tests run at the same time."""
     import torch
 
     before = torch.get_num_threads()
@@ -137,24 +125,22 @@ def one_thread():
 
 @pytest.fixture
 def nothing_is_left(monkeypatch, tmp_path_factory):
-    """After the test: no rank, and no folder in a temporary folder of its own (a short one: a socket's path has at most 104 characters)."""
+    """Fail when the test leaves a rank or a temporary folder behind."""
     from cnnlab.launch import launcher
 
     launcher.prewarm()
-    tmp_path_factory.getbasetemp()  # whose folders stay
+    tmp_path_factory.getbasetemp()  # pytest creates its folders before tempdir changes
+    # The prefix is short because the path of a socket has at most 104 characters.
     with tempfile.TemporaryDirectory(prefix="t") as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield
         wait_until(lambda: not ranks_alive(), "processes are left")
-        wait_until(
-            lambda: not [name for name in os.listdir(folder) if name.startswith("cnnlab-")],
-            "folders are left",
-        )
+        wait_until(lambda: not list(Path(folder).glob("cnnlab-*")), "folders are left")
 
 
 @pytest.fixture(scope="session")
 def short_run():
-    """The events of a real training run of two epochs of digits, in this process."""
+    """The events of a real run of two epochs on the digits, trained in this process."""
     from cnnlab.recipe import Recipe
     from cnnlab.training.loop import train
 

@@ -1,4 +1,4 @@
-"""What several test files use: waiting, processes that are alive, driving a lesson in the browser."""
+"""Helpers that several test files share: polling, live processes, and JupyterLab in a browser."""
 
 import json
 import os
@@ -7,11 +7,9 @@ import time
 import urllib.request
 from pathlib import Path
 
-"""A real JupyterLab and a real browser, for the tests that look at what a person sees."""
-
+import psutil
 
 REPOSITORY = Path(__file__).parents[1]
-
 
 CHROMIUM = [
     "--headless",
@@ -24,66 +22,70 @@ CHROMIUM = [
     "--disable-sync",
 ]
 
-
 NOTEBOOK_READY = """() => {
     const session = window.jupyterapp?.shell.currentWidget?.context?.sessionContext;
     const kernel = session?.session?.kernel;
-    return session?.isReady && kernel?.connectionStatus === 'connected' && kernel?.status === 'idle';
+    return session?.isReady
+        && kernel?.connectionStatus === 'connected'
+        && kernel?.status === 'idle';
+}"""
+
+RUN_ALL = "() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
+
+ALL_CELLS_HAVE_RUN = """() => {
+    const panel = window.jupyterapp.shell.currentWidget;
+    const code = panel.content.widgets.filter(
+        cell => cell.model.type === 'code' && cell.model.sharedModel.getSource().trim());
+    return code.every(cell => cell.model.executionCount)
+        && panel.context.sessionContext.session.kernel.status === 'idle';
+}"""
+
+RUN_UNTIL = """async words => {
+    const notebook = window.jupyterapp.shell.currentWidget.content;
+    window.target = notebook.widgets.findIndex(
+        cell => cell.model.type === 'code' && cell.model.sharedModel.getSource().includes(words));
+    notebook.activeCellIndex = window.target + 1;
+    window.jupyterapp.commands.execute('notebook:run-all-above');
+}"""
+
+TARGET_CELL_HAS_RUN = """() => {
+    const panel = window.jupyterapp.shell.currentWidget;
+    return window.target >= 0
+        && panel.content.widgets[window.target].model.executionCount
+        && panel.context.sessionContext.session.kernel.status === 'idle';
+}"""
+
+SAVE = """() => {
+    window.saved = false;
+    window.jupyterapp.commands.execute('docmanager:save').then(() => { window.saved = true; });
 }"""
 
 
 def run_all(page, timeout=120):
-    """Run every cell, and wait until the kernel is idle and all code cells have run."""
-    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
-    page.wait_for_function(
-        """() => {
-        const notebook = window.jupyterapp.shell.currentWidget.content;
-        const code = notebook.widgets.filter(cell => cell.model.type === 'code' && cell.model.sharedModel.getSource().trim());
-        return code.every(cell => cell.model.executionCount) && window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.status === 'idle';
-    }""",
-        timeout=timeout * 1000,
-    )
+    """Run every cell, and wait until all code cells have run and the kernel is idle."""
+    page.evaluate(RUN_ALL)
+    page.wait_for_function(ALL_CELLS_HAVE_RUN, timeout=timeout * 1000)
 
 
 def run_until(page, words, timeout=120):
-    """Run all cells up to the first whose source has these words, and that one too."""
-    page.evaluate(
-        """async words => {
-        const notebook = window.jupyterapp.shell.currentWidget.content;
-        window.reached = notebook.widgets.findIndex(cell => cell.model.type === 'code' && cell.model.sharedModel.getSource().includes(words));
-        notebook.activeCellIndex = window.reached + 1;
-        window.jupyterapp.commands.execute('notebook:run-all-above');
-    }""",
-        words,
-    )
-    page.wait_for_function(
-        """() => {
-        const notebook = window.jupyterapp.shell.currentWidget.content;
-        return window.reached >= 0 && notebook.widgets[window.reached].model.executionCount
-            && window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.status === 'idle';
-    }""",
-        timeout=timeout * 1000,
-    )
+    """Run all cells up to and including the first code cell whose source contains `words`."""
+    page.evaluate(RUN_UNTIL, words)
+    page.wait_for_function(TARGET_CELL_HAS_RUN, timeout=timeout * 1000)
 
 
 def saved_notebook(page, lab, name):
-    """The notebook as JupyterLab saves it."""
-    page.evaluate(
-        "() => { window.saved = false; window.jupyterapp.commands.execute('docmanager:save').then(() => { window.saved = true; }); }"
-    )
+    """Save the notebook in JupyterLab, and return the JSON that it wrote."""
+    page.evaluate(SAVE)
     page.wait_for_function("() => window.saved", timeout=20_000)
     return json.loads((lab["root"] / name).read_text())
 
 
 def stop_kernels(lab):
+    kernels = f"{lab['address']}/api/kernels"
     query = f"?token={lab['token']}"
-    for kernel in json.load(
-        urllib.request.urlopen(f"{lab['address']}/api/kernels{query}", timeout=10)
-    ):
-        call = urllib.request.Request(
-            f"{lab['address']}/api/kernels/{kernel['id']}{query}", method="DELETE"
-        )
-        urllib.request.urlopen(call, timeout=20)
+    for kernel in json.load(urllib.request.urlopen(kernels + query, timeout=10)):
+        address = f"{kernels}/{kernel['id']}{query}"
+        urllib.request.urlopen(urllib.request.Request(address, method="DELETE"), timeout=20)
 
 
 def server_answers(address):
@@ -94,7 +96,7 @@ def server_answers(address):
 
 
 def wait_until(condition, message, seconds=5):
-    """Poll until `condition()` holds; fail with the message after so many seconds."""
+    """Poll until `condition()` is true, or fail with `message` after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, message
@@ -102,25 +104,23 @@ def wait_until(condition, message, seconds=5):
 
 
 def ranks_alive():
-    """Processes below this one that are neither the fork server nor multiprocessing's resource tracker."""
-    import psutil
-
+    """All live descendants except the fork server and multiprocessing's resource tracker."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.parent().pid != os.getpid() or not any(
-                "forkserver" in word or "resource_tracker" in word for word in process.cmdline()
-            ):
+            if process.parent().pid != os.getpid() or not is_multiprocessing_service(process):
                 found.append(process)
         except psutil.NoSuchProcess:
             pass
     return alive(found)
 
 
-def alive(processes):
-    """Those that still run: a zombie only waits to be counted."""
-    import psutil
+def is_multiprocessing_service(process):
+    return any("forkserver" in word or "resource_tracker" in word for word in process.cmdline())
 
+
+def alive(processes):
+    """The processes that still run. Zombies do not count."""
     found = []
     for process in processes:
         try:
@@ -132,32 +132,38 @@ def alive(processes):
 
 
 def interrupted_train(rank, world, recipe, checkpoints, step, victim, what):
-    """`launcher.train_rank`, but in step `step` of each attempt rank `victim` does `what()`."""
+    """`launcher.train_rank`, except that rank `victim` calls `what()` in one step of each attempt.
+
+    `step`: the number of that step. The first step of an attempt is 1.
+    """
     from cnnlab.training import loop
 
-    build, forwards = loop.build, []
+    build = loop.build
+    forward_passes = 0
 
-    def interrupted(*args):
+    def before_forward(module, _):
+        nonlocal forward_passes
+        if module.training:
+            forward_passes += 1
+        if forward_passes == step and rank == victim:
+            what()
+
+    def build_interrupted(*args):
         network = build(*args)
-        network.register_forward_pre_hook(
-            lambda module, _: forwards.append(1) if module.training else None
-        )
-        network.register_forward_pre_hook(
-            lambda *_: what() if len(forwards) == step and rank == victim else None
-        )
+        network.register_forward_pre_hook(before_forward)
         return network
 
-    loop.build = interrupted
+    loop.build = build_interrupted
     yield from loop.train(recipe, rank, world, checkpoints)
 
 
 def ordered(figures):
-    """Are these the figures of something timed more than once?"""
+    """True for the statistics of something that was timed at least twice."""
     return (
         0 < figures["q1"] <= figures["median"] <= figures["q3"]
         and figures["n"] >= 2
-        and 0 < figures["returned_s"]
-        and 0 < figures["first_s"]
+        and figures["returned_s"] > 0
+        and figures["first_s"] > 0
     )
 
 
@@ -167,7 +173,7 @@ def loop_for_ever():
 
 
 def kill_myself(marks, times=1):
-    """SIGKILL, but only so many times; the file `marks` counts them."""
+    """Kill this process with SIGKILL, at most `times` times. The file `marks` counts them."""
     with open(marks, "a+") as file:
         file.seek(0)
         if len(file.read()) < times:
