@@ -1,51 +1,68 @@
-"""What a run says while it runs. Every consumer (plots, panels, records, comparisons) reads only these."""
+"""What a run yields while it runs. Plots, panels, records and comparisons read only events."""
 
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args
 
 from cnnlab.recipe import CnnlabError, Recipe
 
 
+def to_dict(event: "Event") -> dict[str, Any]:
+    """An event as JSON-safe values, with its type under "event"."""
+    return {"event": type(event).__name__, **asdict(event)}
+
+
+def from_dict(values: dict[str, Any]) -> "Event":
+    """The inverse of `to_dict`. Raises `CnnlabError` if `values` is not an event."""
+    values = dict(values)
+    kind = EVENT_TYPES.get(values.pop("event", None))
+    if kind is None or {f.name for f in fields(kind)} != set(values):
+        raise CnnlabError("this line is not an event of this version of cnnlab.")
+    if kind is Started:
+        values["recipe"] = Recipe.from_dict(values["recipe"])
+    return kind(**values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """The rank is set up and about to take its first step."""
+    """The rank is ready to take its first step."""
 
     rank: int
-    world: int  # how many ranks the run has
+    world: int  # number of ranks in the run
     recipe: Recipe
     pid: int
-    parameters: int  # trainable numbers in the model
+    parameters: int  # trainable parameters of the model
     train_images: int
     test_images: int
-    steps: int  # how many the run will take
-    first_step: int  # steps done before, in the run whose checkpoint this one goes on from
-    threads: int  # of this rank
-    cores: list[int] | None  # that this rank is pinned to; None where the system cannot tell
+    steps: int  # that the whole run takes
+    first_step: int  # steps that were done before the checkpoint that this run resumes
+    threads: int  # CPU threads of this rank
+    cores: list[int] | None  # that this rank is pinned to; None if the system does not say
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What happened since this rank's last Progress. Times are seconds; `seconds` runs on from the start."""
+    """What happened since this rank's previous `Progress`. All times are in seconds."""
 
     rank: int
     epoch: int  # from 1
     step: int  # steps done, from 1; under async, those of an average rank
-    images: int  # training images seen so far, by all ranks together
-    seconds: float  # clock time since the start; consumers' time is not counted
-    losses: list[float]  # of each step since the last Progress, mean over this rank's images
-    accuracy: float  # share of this rank's training images classified rightly meanwhile
-    images_per_s: float  # all ranks together, meanwhile
-    warming_up: bool  # these steps are not part of the speed figures
-    spans: list  # the last steps: [phase, begin, end], seconds since 1970; empty on a GPU
+    images: int  # training images so far, all ranks together
+    seconds: float  # training clock since the start, without the time of the consumer
+    losses: list[float]  # of each step, mean over this rank's images
+    accuracy: float  # fraction of this rank's training images classified correctly
+    images_per_s: float  # throughput, all ranks together
+    warming_up: bool  # whether the speed figures leave these steps out
+    spans: list  # [phase, begin, end] of the latest steps, in Unix time; empty on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """Accuracy and mean loss over every held-out image, each counted once."""
+    """Accuracy and mean loss over the held-out images, each counted once."""
 
     rank: int
     epoch: int
     step: int
-    seconds: float  # training clock, evaluation not counted
+    seconds: float  # training clock, without evaluation
     accuracy: float
     loss: float
     images: int
@@ -53,30 +70,28 @@ class Evaluated:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The run's own figures. All but `warmup_s` leave the warm-up steps out."""
+    """The figures of the whole run. Rates and times per step leave the warm-up steps out."""
 
     rank: int
     steps: int  # of this rank
-    images: int  # all ranks together, warm-up included
-    seconds: float  # of training, warm-up included
-    warmup_s: float  # the warm-up steps: compilation, caches, first allocations
-    images_per_s: float  # all ranks together
-    step_s: float  # mean seconds a step
-    waiting_s: float  # of `step_s`, waiting for the loader
-    communication_s: (
-        float | None
-    )  # of `step_s`, waiting for other ranks and for what they send; None on a GPU
-    compute_s: float  # of `step_s`, the rest: moving, forward, backward, update
-    peak_memory_mib: float  # device memory on a GPU, else resident memory, libraries included
-    accuracy: float | None  # held out; None when the recipe does not evaluate
-    staleness: (
-        float | None
-    )  # async: others' updates between reading the parameters and changing them, mean; in lockstep (N - 1) / 2
+    images: int  # all ranks together, with warm-up
+    seconds: float  # training time, with warm-up
+    warmup_s: float  # time of the warm-up steps: compilation, caches, first allocations
+    images_per_s: float  # throughput, all ranks together
+    step_s: float  # mean time per step, the sum of the next three
+    waiting_s: float  # per step, waiting for the loader
+    communication_s: float | None  # per step, waiting for other ranks and data; None on a GPU
+    compute_s: float  # per step, the rest: transfer, forward, backward, update
+    peak_memory_mib: float  # device memory on a GPU, else resident memory of the process
+    accuracy: float | None  # held out; None if the recipe does not evaluate
+    # Mean number of updates by others between reading the parameters and updating them (async).
+    # Ranks in lockstep would have (N - 1) / 2.
+    staleness: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointed:
-    """All that is needed to go on from `step` is on disk."""
+    """The state after `step` is on disk."""
 
     rank: int
     step: int
@@ -86,39 +101,21 @@ class Checkpointed:
 
 @dataclass(frozen=True, kw_only=True)
 class Restarted:
-    """After a failure all ranks are started anew, from the last checkpoint where there is one."""
+    """A rank failed, and all ranks start again, from the latest checkpoint if there is one."""
 
-    rank: int  # the one that had failed
+    rank: int  # the rank that failed
     error: str
     attempt: int  # from 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """A rank ended with an error; `traceback` is its full text."""
+    """A rank ended with an error."""
 
     rank: int
     error: str
-    traceback: str = field(repr=False)
+    traceback: str = field(repr=False)  # the full text
 
 
-EVENT_TYPES = {
-    kind.__name__: kind
-    for kind in (Started, Progress, Evaluated, Finished, Checkpointed, Restarted, Failed)
-}
-
-
-def to_dict(event):
-    """An event as JSON-safe values, its kind under 'event'."""
-    return {"event": type(event).__name__, **asdict(event)}
-
-
-def from_dict(values):
-    """The inverse of `to_dict`. Raises `CnnlabError` for what is no event."""
-    values = dict(values)
-    kind = EVENT_TYPES.get(values.pop("event", None))
-    if kind is None or {f.name for f in fields(kind)} != set(values):
-        raise CnnlabError("this line is no event that this version of cnnlab knows.")
-    if kind is Started:
-        values["recipe"] = Recipe.from_dict(values["recipe"])
-    return kind(**values)
+Event = Started | Progress | Evaluated | Finished | Checkpointed | Restarted | Failed
+EVENT_TYPES = {kind.__name__: kind for kind in get_args(Event)}

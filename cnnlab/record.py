@@ -1,4 +1,4 @@
-"""Runs on disk: JSON lines, the first saying what ran where, then the run's events. Also the records that ship."""
+"""Runs on disk: JSON lines, first a header that says what ran where, then the run's events."""
 
 import json
 import os
@@ -6,115 +6,86 @@ import re
 import subprocess
 import time
 import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, TextIO
 
-from cnnlab.events import Failed, Finished, Started, from_dict, to_dict
+from cnnlab.events import Event, Failed, Finished, Started, from_dict, to_dict
 from cnnlab.recipe import CnnlabError, Recipe
 
 FORMAT = 2
+RECORDED = Path(__file__).parent.parent / "notebooks" / "recorded"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """A loaded run. `truncated` says what is missing at its end, or is None when it is whole."""
+def save(path: str | Path, events: Iterable[Event], machine: dict[str, Any]) -> Iterator[Event]:
+    """Write the events of a run to `path` while passing them through.
 
-    recipe: Recipe
-    machine: dict
-    versions: dict
-    commit: str | None
-    date: str
-    events: list
-    truncated: str | None
-
-
-def save(path, events, machine):
-    """Pass the events of a run through, writing each to `path`; `machine` is `Machine.to_dict()`.
-
-    Lines go to `path.part`, which takes the final name only when the run is over: a record is whole or not there.
-    An interrupted run leaves its `.part`, which `load` reads as well. Raises `CnnlabError` where it cannot be written.
+    `machine` is `Machine.to_dict()`. The file takes its final name when the run is over, so that a
+    record is complete or absent. An interrupted run leaves `path.part`, which `load` also reads.
+    Raises `CnnlabError` if the file cannot be written.
     """
     path = Path(path)
     with _atomic_file(path) as file:
-        headed, early = (
-            False,
-            [],
-        )  # before the first start there may have been a failure and a restart
+        started = False
+        pending: list[Event] = []  # a run can fail and restart before its first rank starts
         for event in events:
-            if isinstance(event, Started) and not headed:  # of whichever rank starts first
-                headed = True
-                _write_line(
-                    file,
-                    path,
-                    {
-                        "cnnlab": FORMAT,
-                        "recipe": event.recipe.to_dict(),
-                        "machine": machine,
-                        "versions": machine["versions"],
-                        "commit": git_commit(),
-                        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    },
-                )
-            early.append(event)
-            while headed and early:
-                _write_line(file, path, to_dict(early.pop(0)))
+            if isinstance(event, Started) and not started:
+                started = True
+                _write_line(file, path, _header(event.recipe, machine))
+            pending.append(event)
+            if started:
+                for ready in pending:
+                    _write_line(file, path, to_dict(ready))
+                pending.clear()
             yield event
 
 
-def load(path):
-    """The `Record` at `path`. A torn last line is left out and named in `truncated`; other damage raises `CnnlabError`."""
+def load(path: str | Path) -> "Record":
+    """The `Record` at `path`.
+
+    A torn last line is dropped and named in `Record.truncated`. Raises `CnnlabError` if the file is
+    missing, damaged, or not a record.
+    """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise CnnlabError(f"there is no record {path}. {_list_records(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CnnlabError(f"the record {path} cannot be read: {error}.") from None
-    values, torn = [], None
-    for number, line in enumerate(lines, start=1):
-        try:
-            values.append(json.loads(line))
-        except ValueError:
-            if number < len(lines) or number == 1:
-                raise CnnlabError(
-                    f"the record {path} is damaged in line {number}: it is no JSON. Record the run again."
-                ) from None
-            torn = f"the last line ({number}) is torn"
+    values, torn = _read_lines(path)
     try:
         header = values[0]
         if header["cnnlab"] != FORMAT:
             raise CnnlabError(
-                f"it has format {header['cnnlab']}; this version of cnnlab reads {FORMAT}."
+                f"it has format {header['cnnlab']}, and this version of cnnlab reads {FORMAT}."
             )
-        events = [from_dict(value) for value in values[1:]]
         recipe = Recipe.from_dict(header["recipe"])
-        ends = [type(event) for event in events]
-        ended = ends.count(Finished) >= recipe.replicas or Failed in ends
+        events = [from_dict(value) for value in values[1:]]
         return Record(
             recipe=recipe,
+            machine=header["machine"],
+            versions=header["versions"],
+            commit=header["commit"],
+            date=header["date"],
             events=events,
-            truncated=torn or (None if ended else "the run's end is missing"),
-            **{name: header[name] for name in ("machine", "versions", "commit", "date")},
+            truncated=torn or _missing_end(recipe, events),
         )
     except CnnlabError as error:
         raise CnnlabError(f"the record {path} cannot be used: {error}") from None
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise CnnlabError(
-            f"the record {path} is no cnnlab record, or damaged ({type(error).__name__}: {error})."
+            f"{path} is damaged or not a cnnlab record ({type(error).__name__}: {error})."
         ) from None
 
 
-def replay(path, tempo=None):
-    """The events of a recorded run, as `launcher.run` would yield them; warns when the record is truncated.
+def replay(path: str | Path, tempo: float | None = None) -> Iterator[Event]:
+    """The events of a recorded run, as `launcher.run` yields them. Warns if it is truncated.
 
-    `tempo`: None, all at once; 1, as fast as it ran; 10, ten times as fast.
+    `tempo`: None for no pauses, 1 for the speed of the run, 10 for ten times that speed.
     """
     record = load(path)
     if record.truncated:
         warnings.warn(
-            f"{path} is truncated: {record.truncated}. The {len(record.events)} events before it are replayed.",
+            f"{path} is truncated: {record.truncated}. Replaying the {len(record.events)} events "
+            "before that.",
             stacklevel=2,
         )
     clock = 0.0
@@ -126,35 +97,35 @@ def replay(path, tempo=None):
         yield event
 
 
-def recorded_ladders(folder=Path(__file__).parent.parent / "notebooks" / "recorded"):
-    """The ladders of other machines that ship with the lessons: {name: what `cnnlab ladder --json` wrote there}."""
-    return {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("ladder-*.json"))
-    }
+def recorded_ladders(folder: Path = RECORDED) -> dict[str, dict]:
+    """The ladders of other machines that ship with the lessons: {name: `ladder_result(...)`}."""
+    paths = sorted(folder.glob("ladder-*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def file_name(kind, machine):
-    """What a file about a machine (as JSON has it) is called, such as "ladder-nvidia-h200.json" or "device-amd-epyc-2-cores.json"."""
-    name = machine["gpus"][0] if machine["gpus"] else f"{machine['name']} {machine['cores']} cores"
-    return f"{kind}-" + re.sub(r"\W+", "-", name.lower()).strip("-") + ".json"
+def file_name(kind: str, machine: dict[str, Any]) -> str:
+    """Name of a file about a machine, such as "ladder-nvidia-h200.json"."""
+    gpus = machine["gpus"]
+    name = gpus[0] if gpus else f"{machine['name']} {machine['cores']} cores"
+    slug = re.sub(r"\W+", "-", name.lower()).strip("-")
+    return f"{kind}-{slug}.json"
 
 
-def write_json(path, value):
-    """Write `value` as JSON to `path` in one step: the old file stays whole until the new one is."""
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as JSON. An existing file is replaced only by a complete one."""
     path = Path(path)
     with _atomic_file(path) as file:
         _write_line(file, path, value, indent=1)
 
 
-def check_writable(path):
-    """Raise `CnnlabError` now if `path` cannot be written, rather than after the work."""
+def check_writable(path: str | Path) -> None:
+    """Raise `CnnlabError` before the work, rather than after it, if `path` cannot be written."""
     path = Path(path)
     part = _partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "w") as file:
-            file.write(" " * 65536)  # a full disk refuses the bytes, not the name
+            file.write(" " * 65536)  # on a full disk, opening succeeds and writing fails
         part.unlink()
     except OSError as error:
         raise cannot_write(path, error) from None
@@ -165,53 +136,57 @@ def cannot_write(
     error: BaseException,
     fix: str = "Free some space, or choose a folder that you can write to.",
 ) -> CnnlabError:
-    """The error to raise when writing `path` failed with `error`."""
+    """The error to raise after writing `path` failed with `error`."""
     reason = getattr(error, "strerror", None) or error
     return CnnlabError(f"cannot write {path}: {reason}. {fix}")
 
 
-def git_commit():
-    """The git commit of this code, '+changes' behind it where it was edited; None where it is not a checkout."""
+def git_commit() -> str | None:
+    """Git commit of this code, with "+changes" if it was edited; None outside a checkout."""
     folder = Path(__file__).parent
     try:
-        git = lambda *words: subprocess.run(
-            ["git", "-C", folder, *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--", folder) else ""
-        )
+        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+        edited = _git(folder, "status", "--porcelain", "--", str(folder))
     except (OSError, subprocess.CalledProcessError):
         return None
+    return commit + "+changes" if edited else commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 @contextmanager
-def _atomic_file(path):
-    """A file that takes the name `path` when the block is left without an error."""
-    part, whole = _partial_path(path), False
+def _atomic_file(path: Path) -> Iterator[TextIO]:
+    """A file that is renamed to `path` if the block ends without an error."""
+    part = _partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(part, "w", encoding="utf-8")
+        file = open(part, "w", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise cannot_write(path, error) from None
+    complete = False
     try:
         yield file
-        whole = True
+        complete = True
     finally:
         try:
-            file.close()  # on a full disk this fails, too
-            if whole:
+            file.close()  # fails on a full disk
+            if complete:
                 os.replace(part, path)
         except OSError as error:
             raise cannot_write(path, error) from None
 
 
-def _partial_path(path):
+def _partial_path(path: Path) -> Path:
     if path.is_dir():
-        raise CnnlabError(f"cannot write {path}: it is a folder. Name a file in it.")
+        raise CnnlabError(f"cannot write {path}: it is a folder. Choose a file name in it.")
     return path.with_name(path.name + ".part")
 
 
-def _write_line(file, path, value, indent=None):
+def _write_line(file: TextIO, path: Path, value: Any, indent: int | None = None) -> None:
     try:
         file.write(json.dumps(value, indent=indent) + "\n")
         file.flush()
@@ -219,12 +194,60 @@ def _write_line(file, path, value, indent=None):
         raise cannot_write(path, error) from None
 
 
-def _list_records(path):
-    names = (
-        sorted(other.name for other in path.parent.glob("*.jsonl")) if path.parent.is_dir() else []
-    )
-    return (
-        f"The folder has {', '.join(names)}."
-        if names
-        else f"There are no records in {path.parent}."
-    )
+def _header(recipe: Recipe, machine: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "cnnlab": FORMAT,
+        "recipe": recipe.to_dict(),
+        "machine": machine,
+        "versions": machine["versions"],
+        "commit": git_commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _read_lines(path: Path) -> tuple[list, str | None]:
+    """(JSON value of each line, description of a torn last line or None)."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise CnnlabError(f"there is no record {path}. {_list_records(path.parent)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CnnlabError(f"the record {path} cannot be read: {error}.") from None
+    values = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            if number == len(lines) and number > 1:
+                return values, f"the last line ({number}) is torn"
+            raise CnnlabError(
+                f"the record {path} is damaged: line {number} is not JSON. Record the run again."
+            ) from None
+    return values, None
+
+
+def _missing_end(recipe: Recipe, events: list[Event]) -> str | None:
+    types = [type(event) for event in events]
+    if types.count(Finished) >= recipe.replicas or Failed in types:
+        return None
+    return "the end of the run is missing"
+
+
+def _list_records(folder: Path) -> str:
+    names = sorted(path.name for path in folder.glob("*.jsonl"))
+    if not names:
+        return f"There are no records in {folder}."
+    return f"The folder has {', '.join(names)}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A loaded run. `truncated` says what is missing at its end; None if it is complete."""
+
+    recipe: Recipe
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    date: str
+    events: list[Event]
+    truncated: str | None

@@ -76,8 +76,8 @@ def test_an_event_survives_json(event):
     ],
     ids=repr,
 )
-def test_what_is_no_event_is_refused(values):
-    with pytest.raises(CnnlabError, match="no event"):
+def test_values_that_are_not_an_event_are_rejected(values):
+    with pytest.raises(CnnlabError, match="not an event of this version"):
         events.from_dict(values)
 
 

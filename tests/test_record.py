@@ -1,4 +1,4 @@
-"""Runs on disk: whole, interrupted, torn, damaged, and where nothing can be written."""
+"""Runs on disk: complete, interrupted, torn, damaged, and paths that cannot be written."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cnnlab import record
-from cnnlab.events import Checkpointed, Failed, Finished, Progress, Restarted, Started
+from cnnlab.events import Checkpointed, Failed, Progress, Restarted
 from cnnlab.recipe import CnnlabError
 
 MACHINE = {"name": "Test processor", "cores": 2, "versions": {"torch": "9.9"}}
@@ -25,11 +25,11 @@ def test_save_passes_every_event_through(tmp_path, short_run):
     assert list(record.save(tmp_path / "run.jsonl", short_run, MACHINE)) == short_run
 
 
-def test_a_replay_is_the_run(saved, short_run):
+def test_a_replay_yields_the_events_of_the_run(saved, short_run):
     assert list(record.replay(saved)) == short_run
 
 
-def test_a_record_says_what_ran_where(saved, short_run):
+def test_a_record_has_recipe_machine_versions_and_date(saved, short_run):
     loaded = record.load(saved)
     assert loaded.recipe == short_run[0].recipe
     assert loaded.machine == MACHINE and loaded.versions == MACHINE["versions"]
@@ -44,7 +44,7 @@ def test_the_final_name_appears_only_at_the_end(tmp_path, short_run):
     assert [p.name for p in path.parent.iterdir()] == ["run.jsonl"]
 
 
-def test_an_interrupted_run_leaves_a_part_that_can_be_loaded(tmp_path, short_run):
+def test_an_interrupted_run_leaves_a_part_file_that_can_be_loaded(tmp_path, short_run):
     path = tmp_path / "run.jsonl"
     saving = record.save(path, short_run, MACHINE)
     taken = [next(saving), next(saving)]
@@ -52,7 +52,7 @@ def test_an_interrupted_run_leaves_a_part_that_can_be_loaded(tmp_path, short_run
     assert not path.exists()
     loaded = record.load(tmp_path / "run.jsonl.part")
     assert loaded.events == taken
-    assert "end is missing" in loaded.truncated
+    assert "the end of the run is missing" in loaded.truncated
 
 
 def test_an_old_record_survives_an_interrupted_new_one(saved, short_run):
@@ -72,29 +72,22 @@ def test_any_rank_may_start_first(tmp_path, short_run):
 
 
 def test_a_run_of_two_ranks_ends_when_both_have_finished(tmp_path, short_run):
-    recipe = short_run[0].recipe.replace(replicas=2)
-    both = [
-        replace(
-            event,
-            rank=rank,
-            **({"recipe": recipe, "world": 2} if isinstance(event, Started) else {}),
-        )
-        for rank in (0, 1)
-        for event in short_run
-    ]
-    list(record.save(tmp_path / "whole.jsonl", both, MACHINE))
+    started, *rest = short_run
+    started = replace(started, recipe=started.recipe.replace(replicas=2), world=2)
+    both = [replace(event, rank=rank) for rank in (0, 1) for event in (started, *rest)]
+    list(record.save(tmp_path / "complete.jsonl", both, MACHINE))
     list(record.save(tmp_path / "cut.jsonl", both[:-1], MACHINE))
-    assert record.load(tmp_path / "whole.jsonl").truncated is None
-    assert "end is missing" in record.load(tmp_path / "cut.jsonl").truncated
+    assert record.load(tmp_path / "complete.jsonl").truncated is None
+    assert "the end of the run is missing" in record.load(tmp_path / "cut.jsonl").truncated
 
 
-def test_a_failed_run_is_whole(tmp_path, short_run):
+def test_a_failed_run_is_complete(tmp_path, short_run):
     events = [short_run[0], Failed(rank=0, error="ValueError: no", traceback="...")]
     list(record.save(tmp_path / "run.jsonl", events, MACHINE))
     assert record.load(tmp_path / "run.jsonl").truncated is None
 
 
-def test_a_run_that_was_restarted_from_a_checkpoint_is_replayed_whole(tmp_path, short_run):
+def test_a_run_restarted_from_a_checkpoint_is_replayed_completely(tmp_path, short_run):
     started, progress, *rest = short_run
     events = [
         started,
@@ -105,50 +98,46 @@ def test_a_run_that_was_restarted_from_a_checkpoint_is_replayed_whole(tmp_path, 
         *rest,
     ]
     list(record.save(tmp_path / "run.jsonl", events, MACHINE))
-    assert (
-        list(record.replay(tmp_path / "run.jsonl")) == events
-        and record.load(tmp_path / "run.jsonl").truncated is None
-    )
-    list(record.save(tmp_path / "cut.jsonl", events[:4], MACHINE))
-    assert (
-        "end is missing" in record.load(tmp_path / "cut.jsonl").truncated
-    )  # a failure that was mended is no end
+    assert list(record.replay(tmp_path / "run.jsonl")) == events
+    assert record.load(tmp_path / "run.jsonl").truncated is None
 
 
-def test_a_run_that_failed_before_it_had_started_is_replayed_whole(tmp_path, short_run):
+def test_a_restart_is_not_the_end_of_a_run(tmp_path, short_run):
+    restarted = Restarted(rank=0, error="the process was killed", attempt=1)
+    list(record.save(tmp_path / "cut.jsonl", [*short_run[:2], restarted], MACHINE))
+    assert "the end of the run is missing" in record.load(tmp_path / "cut.jsonl").truncated
+
+
+def test_a_run_that_failed_before_it_started_is_replayed_completely(tmp_path, short_run):
     events = [Restarted(rank=0, error="the process was killed", attempt=1), *short_run]
     assert list(record.save(tmp_path / "run.jsonl", events, MACHINE)) == events
     assert list(record.replay(tmp_path / "run.jsonl")) == events
 
 
-def test_losses_that_are_no_number_survive(tmp_path, short_run):
+def test_nan_and_infinite_losses_survive(tmp_path, short_run):
     progress = next(event for event in short_run if isinstance(event, Progress))
-    list(
-        record.save(
-            tmp_path / "run.jsonl",
-            [short_run[0], replace(progress, losses=[float("nan"), float("inf")])],
-            MACHINE,
-        )
-    )
+    progress = replace(progress, losses=[float("nan"), float("inf")])
+    list(record.save(tmp_path / "run.jsonl", [short_run[0], progress], MACHINE))
     losses = record.load(tmp_path / "run.jsonl").events[1].losses
     assert losses[0] != losses[0] and losses[1] == float("inf")
 
 
-def test_a_torn_last_line_is_left_out_with_a_warning(saved, short_run):
+def test_a_torn_last_line_is_dropped_with_a_warning(saved, short_run):
     saved.write_bytes(saved.read_bytes()[:-20])
     last = len(short_run) + 1
     with pytest.warns(UserWarning, match=rf"truncated: the last line \({last}\) is torn"):
         assert list(record.replay(saved)) == short_run[:-1]
 
 
-def test_a_missing_end_is_said_in_a_warning(saved, short_run):
+def test_a_missing_end_is_named_in_a_warning(saved, short_run):
     lines = saved.read_text().splitlines(keepends=True)
     saved.write_text("".join(lines[:3]))
-    with pytest.warns(UserWarning, match="truncated: the run's end is missing. The 2 events"):
+    message = "truncated: the end of the run is missing. Replaying the 2 events"
+    with pytest.warns(UserWarning, match=message):
         assert list(record.replay(saved)) == short_run[:2]
 
 
-def test_a_whole_record_gives_no_warning(saved, recwarn):
+def test_a_complete_record_gives_no_warning(saved, recwarn):
     list(record.replay(saved))
     assert not recwarn.list
 
@@ -161,9 +150,9 @@ def test_a_damaged_line_in_the_middle_is_named(saved):
     lines = saved.read_text().splitlines()
     lines[2] = lines[2][:-10]
     saved.write_text("\n".join(lines))
-    with pytest.raises(CnnlabError, match="damaged in line 3") as refused:
+    with pytest.raises(CnnlabError, match="damaged: line 3 is not JSON") as raised:
         record.load(saved)
-    assert str(saved) in str(refused.value)
+    assert str(saved) in str(raised.value)
 
 
 HEADER = {
@@ -205,30 +194,29 @@ HEADER = {
     ],
     ids=lambda content: repr(content[-30:]),
 )
-def test_what_is_no_record_is_refused_by_name(tmp_path, content):
+def test_a_file_that_is_not_a_record_is_rejected_by_name(tmp_path, content):
     path = tmp_path / "odd.jsonl"
     path.write_bytes(content)
-    with pytest.raises(CnnlabError) as refused:
+    with pytest.raises(CnnlabError) as raised:
         record.load(path)
-    assert str(path) in str(refused.value)
+    assert str(path) in str(raised.value)
 
 
-def test_another_format_is_refused_with_its_number(saved):
+def test_another_format_is_rejected_with_its_number(saved):
     saved.write_text(saved.read_text().replace(f'{{"cnnlab": {record.FORMAT}', '{"cnnlab": 99', 1))
     with pytest.raises(CnnlabError, match=f"has format 99.*reads {record.FORMAT}"):
         record.load(saved)
 
 
-def test_a_missing_record_is_refused_with_those_that_are_there(saved, tmp_path):
-    with pytest.raises(
-        CnnlabError, match="there is no record .*other.jsonl. The folder has run.jsonl"
-    ):
+def test_the_error_for_a_missing_record_lists_the_existing_ones(saved, tmp_path):
+    message = "there is no record .*other.jsonl. The folder has run.jsonl"
+    with pytest.raises(CnnlabError, match=message):
         record.load(tmp_path / "other.jsonl")
     with pytest.raises(CnnlabError, match="There are no records in"):
         record.load(tmp_path / "nowhere" / "run.jsonl")
 
 
-def test_a_folder_is_no_record(tmp_path):
+def test_a_folder_is_not_a_record(tmp_path):
     with pytest.raises(CnnlabError, match="cannot be read"):
         record.load(tmp_path)
 
@@ -257,14 +245,14 @@ WRITERS = {
 
 @pytest.mark.parametrize("where", ["under a file", "in /proc", "a folder's name"])
 @pytest.mark.parametrize("write", WRITERS)
-def test_what_cannot_be_written_is_refused(tmp_path, short_run, where, write):
+def test_unwritable_paths_are_rejected(tmp_path, short_run, where, write):
     path = unwritable(tmp_path)[where]
-    with pytest.raises(CnnlabError, match="cannot write") as refused:
+    with pytest.raises(CnnlabError, match="cannot write") as raised:
         WRITERS[write](path, short_run)
-    assert str(path) in str(refused.value)
+    assert str(path) in str(raised.value)
 
 
-def test_a_bad_folder_is_known_before_the_run_starts(tmp_path):
+def test_an_unwritable_path_is_reported_before_the_run_starts(tmp_path):
     def run():
         pytest.fail("the run was started")
         yield
@@ -277,7 +265,7 @@ def test_a_bad_folder_is_known_before_the_run_starts(tmp_path):
     not os.path.exists("/dev/full"), reason="needs /dev/full, a Linux device that is always full"
 )
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_full_disk_is_refused_and_the_old_file_unharmed(tmp_path, short_run, write):
+def test_a_full_disk_is_reported_and_the_old_file_is_kept(tmp_path, short_run, write):
     path = tmp_path / "run.json"
     path.write_text("the old one")
     (tmp_path / "run.json.part").symlink_to("/dev/full")
@@ -286,7 +274,7 @@ def test_a_full_disk_is_refused_and_the_old_file_unharmed(tmp_path, short_run, w
     assert path.read_text() == "the old one" and not path.is_symlink()
 
 
-def test_json_is_written_in_one_step(tmp_path):
+def test_a_file_is_replaced_only_by_complete_json(tmp_path):
     path = tmp_path / "new folder" / "value.json"
     record.write_json(path, {"old": 1})
     with pytest.raises(TypeError):
@@ -297,21 +285,16 @@ def test_json_is_written_in_one_step(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["value.json"]
 
 
-def test_checking_leaves_no_trace(tmp_path):
+def test_check_writable_leaves_no_file(tmp_path):
     record.check_writable(tmp_path / "new" / "value.json")
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_the_commit_names_the_checkout_and_says_whether_it_was_edited():
-    assert record.git_commit() is None or re.fullmatch(
-        r"[0-9a-f]{12}(\+changes)?", record.git_commit()
-    )
+def test_the_commit_is_a_hash_marked_if_the_code_was_edited():
+    commit = record.git_commit()
+    assert commit is None or re.fullmatch(r"[0-9a-f]{12}(\+changes)?", commit)
 
 
 def test_there_is_no_commit_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
     assert record.git_commit() is None
-
-
-def test_the_run_that_is_recorded_here_is_complete(short_run):
-    assert isinstance(short_run[0], Started) and isinstance(short_run[-1], Finished)
