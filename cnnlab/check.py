@@ -1,55 +1,59 @@
-"""Exercise checkers: each compares the learner's answer with a spec, and prints what was expected and what was got."""
+"""Exercise checkers: compare a learner's answer with the expected one, and print both."""
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 
-def report(exercise, cases):
-    """Print one line a case and a verdict. `cases`: (what was tried, expected, got); True when all agree."""
-    lines, right = [], True
-    for tried, expected, got in cases:
-        agrees = _agree(expected, got)
-        right = right and agrees
-        lines.append(
-            f"{'ok   ' if agrees else 'wrong'}  {tried}: expected {_short(expected)}, got {_short(got)}"
-        )
-    print(f"Exercise {exercise}: " + ("solved." if right else "not yet."))
-    print("\n".join(lines))
-    return right
+def report(exercise: str, cases: Iterable[tuple[str, Any, Any]]) -> bool:
+    """Print one line per case and a verdict. Returns whether all cases are correct.
+
+    `cases`: (description, expected value, learner's value).
+    """
+    lines = []
+    solved = True
+    for description, expected, got in cases:
+        correct = _matches(expected, got)
+        solved = solved and correct
+        mark = "ok   " if correct else "wrong"
+        lines.append(f"{mark}  {description}: expected {_format(expected)}, got {_format(got)}")
+    verdict = "solved." if solved else "not yet."
+    print(f"Exercise {exercise}: {verdict}", *lines, sep="\n")
+    return solved
 
 
-def answer(exercise, expected, got):
-    """Check a number or a word."""
+def answer(exercise: str, expected: Any, got: Any) -> bool:
+    """Check a single number, word, or tensor."""
     return report(exercise, [("your answer", expected, got)])
 
 
-def function(exercise, spec, got, inputs):
-    """Call the learner's function and the spec on the same inputs (tuples of arguments), and compare."""
-    return report(
-        exercise,
-        [
-            (f"for {', '.join(map(_short, values))}", spec(*values), _call(got, values))
-            for values in inputs
-        ],
-    )
+def function(exercise: str, spec: Callable, got: Callable, inputs: Iterable[tuple]) -> bool:
+    """Compare the learner's function with `spec` on the same `inputs` (tuples of arguments)."""
+    cases = []
+    for arguments in inputs:
+        description = "for " + ", ".join(_format(argument) for argument in arguments)
+        cases.append((description, spec(*arguments), _call(got, arguments)))
+    return report(exercise, cases)
 
 
-def _call(function, values):
+def _call(function: Callable, arguments: tuple) -> Any:
+    """The function's value, or the exception that it raised."""
     try:
-        return function(*values)
-    except Exception as error:  # the learner's code may do anything
+        return function(*arguments)
+    except Exception as error:
         return error
 
 
-def _agree(expected, got):
+def _matches(expected: Any, got: Any) -> bool:
     if got is None or got is ... or isinstance(got, Exception):
         return False
     try:
         if isinstance(expected, torch.Tensor):
-            return expected.shape == got.shape and torch.allclose(
-                expected, got.to(expected.dtype), rtol=1e-3, atol=1e-4
-            )
+            got = got.to(expected.dtype)
+            same_shape = expected.shape == got.shape
+            return same_shape and torch.allclose(expected, got, rtol=1e-3, atol=1e-4)
         if isinstance(expected, float):
             return math.isclose(float(got), expected, rel_tol=1e-3, abs_tol=1e-6)
         return bool(expected == got)
@@ -57,12 +61,14 @@ def _agree(expected, got):
         return False
 
 
-def _short(value):
+def _format(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        few = [round(number, 4) for number in value.flatten().tolist()[:5]]
-        return f"a tensor of shape {tuple(value.shape)}" + (
-            f" {few}" if len(few) < 5 else f" with mean {value.float().mean():.4f}"
-        )
+        shape = f"a tensor of shape {tuple(value.shape)}"
+        if value.numel() < 5:
+            return f"{shape} {[round(number, 4) for number in value.flatten().tolist()]}"
+        return f"{shape} with mean {value.float().mean():.4f}"
     if value is ...:
         return "nothing yet (...)"
-    return f"{type(value).__name__}: {value}" if isinstance(value, Exception) else repr(value)
+    if isinstance(value, Exception):
+        return f"{type(value).__name__}: {value}"
+    return repr(value)

@@ -1,4 +1,4 @@
-"""The networks against their papers' figures."""
+"""The models: parameters, FLOPs, shapes, stages, and initialization."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def test_small_cnn_has_25578_parameters():
 
 
 @pytest.mark.parametrize("model, count", [(VGG16, 138_357_544), (VGG19, 143_667_240)])
-def test_vgg_has_the_papers_parameters(model, count):
+def test_vgg_has_as_many_parameters_as_in_the_paper(model, count):
     with torch.device("meta"):
         assert count_parameters(model(channels=3, size=224, classes=1000)) == count
 
@@ -31,7 +31,7 @@ def test_vgg_has_the_papers_parameters(model, count):
     ],
 )
 @pytest.mark.parametrize("channels, classes", [(1, 10), (3, 7)])
-def test_logits_have_one_row_an_image_and_one_column_a_class(model, size, channels, classes):
+def test_logits_have_one_row_per_image_and_one_column_per_class(model, size, channels, classes):
     with torch.device("meta"):
         network = model(channels=channels, size=size, classes=classes)
         assert network(torch.empty(5, channels, size, size)).shape == (5, classes)
@@ -42,7 +42,7 @@ def test_a_wider_model_has_wider_stages():
     assert ResNet9(width=8).stem[0].out_channels == 8
 
 
-def test_resnet9_takes_0_57_gflop_an_image():
+def test_resnet9_needs_0_57_gflop_per_training_image():
     with torch.device("meta"):
         network, images = ResNet9(width=32), torch.empty(4, 3, 32, 32)
     with FlopCounterMode(display=False) as counter:
@@ -53,27 +53,27 @@ def test_resnet9_takes_0_57_gflop_an_image():
 @pytest.mark.parametrize(
     "model, multiple", [("SmallCNN", 4), ("ResNet9", 8), ("VGG16", 32), ("VGG19", 32)]
 )
-def test_a_size_that_does_not_fit_is_refused(model, multiple):
-    with pytest.raises(
-        CnnlabError, match=f"{model}.*multiple of {multiple} pixels, not {multiple + 1}"
-    ):
+def test_an_image_size_that_does_not_fit_the_model_is_rejected(model, multiple):
+    message = f"{model}.*multiple of {multiple} pixels, not {multiple + 1}"
+    with pytest.raises(CnnlabError, match=message):
         build(Recipe(model=model), (3, multiple + 1, 10))
 
 
 def test_the_same_seed_gives_the_same_weights():
-    weights = lambda seed: torch.cat(
-        [p.flatten() for p in build(Recipe(seed=seed), (1, 32, 10)).parameters()]
-    )
+    def weights(seed):
+        network = build(Recipe(seed=seed), (1, 32, 10))
+        return torch.cat([parameter.flatten() for parameter in network.parameters()])
+
     assert torch.equal(weights(3), weights(3))
     assert not torch.equal(weights(3), weights(4))
 
 
-def test_build_heeds_the_width():
+def test_build_uses_the_width_of_the_recipe():
     assert build(Recipe(width=5), (3, 32, 10)).stage1[0].out_channels == 5
     assert build(Recipe(), (3, 32, 10)).stage1[0].out_channels == 16
 
 
-def test_the_stages_have_names():
+def test_the_stages_are_named():
     assert [name for name, _ in VGG19(width=1).named_children()] == [
         "stage1",
         "stage2",
@@ -84,7 +84,7 @@ def test_the_stages_have_names():
     ]
 
 
-def test_only_what_is_trained_counts_as_a_parameter():
+def test_only_trainable_parameters_are_counted():
     network = SmallCNN()
     network.classifier.requires_grad_(False)
     assert count_parameters(network) == 25_578 - (32 * 8 * 8 * 10 + 10)
