@@ -1,4 +1,4 @@
-"""What this machine can do: its cores, matrix units and GPUs, what it lacks and why, and its measured limits."""
+"""What this machine has and lacks: its cores, vector and matrix instructions, GPUs, compiler."""
 
 import os
 import platform
@@ -9,111 +9,14 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, get_args
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+from cnnlab.recipe import Precision, Recipe
 
+PRECISIONS = get_args(Precision)
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What `describe()` found. `missing` gives, for each capability that is absent, what it would take."""
-
-    name: str  # the processor, as it calls itself
-    system: str
-    cores: int  # that this process may use
-    memory_gib: float
-    units: tuple[str, ...]  # vector and matrix units of the CPU
-    gpus: tuple[str, ...]
-    compiler: str | None  # path of the C++ compiler that torch.compile would use
-    hardware: dict[str, bool]  # precision: computed by the CPU itself (else emulated, and slow)
-    missing: dict[str, str]
-    versions: dict[str, str]
-
-    def to_dict(self):
-        return asdict(self)
-
-
-@cache
-def describe():
-    """This machine, asked once. Takes about a second, and starts nothing on a GPU."""
-    import psutil
-    import torch
-
-    flags = _cpu_flags()
-    units = tuple(name for name, flag in _UNITS.items() if flag in flags)
-    library = (
-        torch.backends.mkldnn.is_available()
-    )  # oneDNN: without it, as on macOS, torch does not use these units in convolutions
-    hardware = {
-        "fp32": True,
-        "bf16": library and bool({"amx_bf16", "avx512_bf16", "bf16"} & flags),
-        "fp16": library and bool({"amx_fp16", "avx512_fp16", "asimdhp"} & flags),
-    }
-    gpus = (
-        tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        if torch.cuda.is_available()
-        else ()
-    )
-    compiler = _compiler()
-    return Machine(
-        name=_cpu_name(),
-        system=f"{platform.system()} {platform.machine()}",
-        cores=cores(),
-        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        units=units,
-        gpus=gpus,
-        compiler=compiler,
-        hardware=hardware,
-        missing=_missing(hardware, gpus, compiler),
-        versions=versions(),
-    )
-
-
-def cores():
-    """CPU cores that this process may use: affinity and container limits are heeded, as joblib reads them."""
-    from joblib import cpu_count
-
-    return cpu_count()
-
-
-def cpu_affinity():
-    """The cores that this process is kept on, by number; None where the system does not tell."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-
-
-def versions():
-    """Versions of what decides the speed."""
-    import torch
-
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }  # by itself torch names its build, too
-    for package in ("cnnlab", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def missing_for(recipe):
-    """One sentence for each thing that `recipe` needs and this machine lacks; empty when it can run here."""
-    machine = describe()
-    needs = {
-        "NVIDIA GPU": recipe.device == "cuda",
-        "C++ compiler": recipe.compiler != "eager" and recipe.device == "cpu",
-    }
-    lacking = [
-        f"{name} missing: {machine.missing[name]}"
-        for name, needed in needs.items()
-        if needed and name in machine.missing
-    ]
-    if recipe.strategy == "async" and os.name != "posix":
-        lacking.append("strategy='async' needs POSIX file locks: Linux or macOS.")
-    return lacking
-
-
-_UNITS = {
+# Instruction set: its flag in /proc/cpuinfo (x86 and ARM).
+INSTRUCTION_SETS = {
     "AVX2": "avx2",
     "AVX-512": "avx512f",
     "AVX-512 BF16": "avx512_bf16",
@@ -125,74 +28,181 @@ _UNITS = {
     "SVE": "sve",
     "BF16": "bf16",
 }
+BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
+FP16_FLAGS = {"amx_fp16", "avx512_fp16", "asimdhp"}
 
 
-def _cpu_flags():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return set(
-            next(line for line in lines if line.startswith(("flags", "Features")))
-            .split(":")[1]
-            .split()
-        )
-    except (OSError, StopIteration):
-        if platform.machine() == "arm64":  # Apple: every M-series chip has these two
-            return {"asimd", "asimdhp"} | (
-                {"bf16"} if _sysctl("hw.optional.arm.FEAT_BF16") == "1" else set()
-            )
-        return set((_sysctl("machdep.cpu.leaf7_features") or "").lower().split())
-
-
-def _cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return (
-            next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
-        )
-    except (OSError, StopIteration):
-        return _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
-
-
-def _sysctl(name):
-    if sys.platform != "darwin":
-        return None
-    return (
-        subprocess.run(["sysctl", "-n", name], capture_output=True, text=True).stdout.strip()
-        or None
-    )
-
-
-def _compiler():
-    names = os.environ.get("CXX", "").split()[:1] or ["g++", "clang++", "cl"]
-    return next((path for path in map(shutil.which, names) if path), None)
-
-
-def _missing(hardware, gpus, compiler):
+@cache
+def describe() -> "Machine":
+    """This machine. Takes about a second, and creates no CUDA context."""
+    import psutil
     import torch
 
-    built = (
-        f"or this torch ({torch.__version__}), built without CUDA, cannot see it"
-        if not torch.version.cuda
-        else "or its driver is not installed, or too old for this torch"
-    )
-    reasons = {
-        "NVIDIA GPU": None
-        if gpus
-        else f"torch sees none: either the machine has none, {built}. GPU lessons show recorded runs where there are some; "
-        "Colab or a machine with an NVIDIA GPU and a CUDA build of torch runs them live.",
-        "second GPU": None
-        if len(gpus) > 1
-        else "runs on several GPUs need a machine with at least two.",
-        "C++ compiler": None
-        if compiler
-        else "torch.compile writes C++ for the CPU and needs g++ or clang++: "
-        "apt install g++, xcode-select --install, or conda install cxx-compiler.",
-        "bf16 units": None
-        if hardware["bf16"]
-        else "this CPU emulates bf16, so it is likely to be slow; "
-        "AMX, AVX-512 BF16 or a recent ARM chip computes it in hardware.",
-        "fp16 units": None
-        if hardware["fp16"]
-        else "this CPU emulates fp16, so it is likely to be slow; take bf16 where that has hardware.",
+    flags = _cpu_flags()
+    # Without oneDNN, as on macOS, torch's convolutions do not use these instructions.
+    onednn = torch.backends.mkldnn.is_available()
+    hardware = {
+        "fp32": True,
+        "bf16": onednn and bool(flags & BF16_FLAGS),
+        "fp16": onednn and bool(flags & FP16_FLAGS),
     }
-    return {name: reason for name, reason in reasons.items() if reason}
+    gpus: tuple[str, ...] = ()
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        gpus = tuple(torch.cuda.get_device_name(number) for number in range(count))
+    compiler = _find_compiler()
+    return Machine(
+        name=_cpu_name(),
+        system=f"{platform.system()} {platform.machine()}",
+        cores=cores(),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        units=tuple(name for name, flag in INSTRUCTION_SETS.items() if flag in flags),
+        gpus=gpus,
+        compiler=compiler,
+        hardware=hardware,
+        missing=_missing(hardware, gpus, compiler),
+        versions=versions(),
+    )
+
+
+def cores() -> int:
+    """Number of CPU cores that this process may use, within its affinity and container limits."""
+    from joblib import cpu_count
+
+    return cpu_count()
+
+
+def cpu_affinity() -> list[int] | None:
+    """The cores that this process may run on; None if the system does not say."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    return sorted(os.sched_getaffinity(0))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the software that determines the speed."""
+    import torch
+
+    # Unlike its metadata, torch.__version__ names the build, such as +cu128.
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("cnnlab", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def missing_for(recipe: Recipe) -> list[str]:
+    """One sentence for each thing that `recipe` needs and this machine lacks."""
+    needed = []
+    if recipe.device == "cuda":
+        needed.append("NVIDIA GPU")
+    if recipe.compiler != "eager" and recipe.device == "cpu":
+        needed.append("C++ compiler")
+    missing = describe().missing
+    sentences = [f"{name} missing: {missing[name]}" for name in needed if name in missing]
+    if recipe.strategy == "async" and os.name != "posix":
+        sentences.append("strategy='async' needs POSIX file locks. Use Linux or macOS.")
+    return sentences
+
+
+def _cpu_flags() -> set[str]:
+    flags = set(_read_cpuinfo("flags", "Features").split())
+    if flags:
+        return flags
+    if platform.machine() == "arm64":  # macOS: all M-series chips have these two
+        flags = {"asimd", "asimdhp"}
+        if _sysctl("hw.optional.arm.FEAT_BF16") == "1":
+            flags.add("bf16")
+        return flags
+    return set(_sysctl("machdep.cpu.leaf7_features").lower().split())
+
+
+def _cpu_name() -> str:
+    name = _read_cpuinfo("model name") or _sysctl("machdep.cpu.brand_string")
+    return name or platform.processor() or platform.machine()
+
+
+def _read_cpuinfo(*keys: str) -> str:
+    """Value of the first line in /proc/cpuinfo that starts with one of `keys`; "" elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        if line.startswith(keys):
+            return line.partition(":")[2].strip()
+    return ""
+
+
+def _sysctl(name: str) -> str:
+    """A value of macOS's sysctl; "" elsewhere."""
+    if sys.platform != "darwin":
+        return ""
+    done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def _find_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile would use."""
+    names = os.environ.get("CXX", "").split()[:1] or ["g++", "clang++", "cl"]
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    return None
+
+
+def _missing(
+    hardware: dict[str, bool], gpus: tuple[str, ...], compiler: str | None
+) -> dict[str, str]:
+    """{missing capability: what it would take}."""
+    import torch
+
+    missing = {}
+    if not gpus:
+        cause = "its driver is not installed or too old for this torch"
+        if not torch.version.cuda:
+            cause = f"this torch ({torch.__version__}) was built without CUDA"
+        missing["NVIDIA GPU"] = (
+            f"torch finds none. Either the machine has none, or {cause}. GPU lessons show recorded "
+            "runs where available. To run them live, use Colab, or a machine with an NVIDIA GPU "
+            "and a CUDA build of torch."
+        )
+    if len(gpus) < 2:
+        missing["second GPU"] = "runs on several GPUs need a machine with at least two."
+    if not compiler:
+        missing["C++ compiler"] = (
+            "torch.compile generates C++ for the CPU and needs g++ or clang++. Use "
+            "apt install g++, xcode-select --install, or conda install cxx-compiler."
+        )
+    if not hardware["bf16"]:
+        missing["bf16 units"] = (
+            "this CPU emulates bf16, so it is likely to be slow. AMX, AVX-512 BF16, and recent ARM "
+            "chips compute it in hardware."
+        )
+    if not hardware["fp16"]:
+        missing["fp16 units"] = (
+            "this CPU emulates fp16, so it is likely to be slow. Use bf16 if the hardware has it."
+        )
+    return missing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What `describe()` found."""
+
+    name: str  # of the processor
+    system: str  # operating system and architecture
+    cores: int  # that this process may use
+    memory_gib: float
+    units: tuple[str, ...]  # vector and matrix instruction sets of the CPU
+    gpus: tuple[str, ...]
+    compiler: str | None  # path of the C++ compiler that torch.compile would use
+    hardware: dict[str, bool]  # precision: supported by the CPU (otherwise emulated and slow)
+    missing: dict[str, str]  # missing capability: what it would take
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-safe values."""
+        return asdict(self)
