@@ -1,9 +1,10 @@
-"""The same as hosts.sh where virtual hosts cannot be had: N "hosts" that are only processes of this machine, at 127.0.0.1.
+"""A fallback for hosts.sh where virtual hosts are not available: each "host" is a local process.
 
     python here.py N -- COMMAND ...
 
-Each finds HOST, HOSTS, HOST_ADDRESS, FIRST_ADDRESS and GLOO_SOCKET_IFNAME in its environment; `kill 1` and `start 1` on standard
-input steer. What they lack: a network of their own, so nothing can be slowed down, and ports that this machine has only once.
+Each host gets HOST, HOSTS, HOST_ADDRESS, FIRST_ADDRESS and GLOO_SOCKET_IFNAME in its environment.
+`kill 1` and `start 1` on standard input control the hosts, as in hosts.sh. All hosts share the
+loopback network at 127.0.0.1, so it cannot be slowed down, and no two of them can use one port.
 """
 
 import os
@@ -18,22 +19,39 @@ LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 
 
 class Here:
-    """The hosts' processes, and the threads that pass on what they print."""
+    """The processes of the hosts, and the threads that forward their output."""
 
     def __init__(self, count, command):
-        self.count, self.command, self.lock = count, command, threading.Lock()
-        self.processes, self.readers = {}, []
+        self.count = count
+        self.command = command
+        self.lock = threading.Lock()
+        self.processes = {}
+        self.readers = []
 
     def boot(self, host):
-        environment = {**os.environ, "HOST": str(host), "HOSTS": str(self.count), "HOST_ADDRESS": "127.0.0.1", "FIRST_ADDRESS": "127.0.0.1"}
+        environment = {
+            **os.environ,
+            "HOST": str(host),
+            "HOSTS": str(self.count),
+            "HOST_ADDRESS": "127.0.0.1",
+            "FIRST_ADDRESS": "127.0.0.1",
+        }
         if sys.platform in LOOPBACK:
             environment["GLOO_SOCKET_IFNAME"] = LOOPBACK[sys.platform]
-        process = subprocess.Popen(self.command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            self.command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         self.processes[host] = process
-        self.readers.append(threading.Thread(target=self.pass_on, args=(host, process.stdout), daemon=True))
-        self.readers[-1].start()
+        reader = threading.Thread(target=self.forward, args=(host, process.stdout), daemon=True)
+        self.readers.append(reader)
+        reader.start()
 
-    def pass_on(self, host, lines):
+    def forward(self, host, lines):
         for line in lines:
             self.say(f"[host {host}] {line.rstrip()}")
 
@@ -42,31 +60,39 @@ class Here:
             print(line, flush=True)
 
     def kill(self, host):
-        """End a host with all that runs in it: torchrun puts its ranks into sessions of their own, which the tree still holds."""
+        """Kill the host's process and all its descendants.
+
+        Killing its process group would not be enough: torchrun starts each rank in a new session.
+        """
         try:
-            tree = psutil.Process(self.processes[host].pid)
-            for process in [*tree.children(recursive=True), tree]:
+            host_process = psutil.Process(self.processes[host].pid)
+            for process in [*host_process.children(recursive=True), host_process]:
                 process.kill()
             self.processes[host].wait()
         except psutil.NoSuchProcess:
             pass
 
     def steer(self, lines):
+        """Carry out the commands `kill HOST` and `start HOST`, one per line."""
         for line in lines:
             word, _, host = line.strip().partition(" ")
             host = int(host) if host.isdigit() and int(host) < self.count else None
-            lives = host is not None and self.processes[host].poll() is None
-            if word == "kill" and lives:
+            running = host is not None and self.processes[host].poll() is None
+            if word == "kill" and running:
                 self.kill(host)
                 self.say(f"[host {host}] is killed")
-            elif word == "start" and host is not None and not lives:
+            elif word == "start" and host is not None and not running:
                 self.say(f"[host {host}] starts")
                 self.boot(host)
             else:
-                self.say(f"here.py: {line.strip()!r} cannot be done: kill HOST that lives, start HOST that does not; hosts are 0 to {self.count - 1}")
+                self.say(
+                    f"here.py: {line.strip()!r} is not possible. Use `kill HOST` for a host that "
+                    "is running, or `start HOST` for one that is not. "
+                    f"Hosts are 0 to {self.count - 1}."
+                )
 
     def run(self):
-        """Boot all, wait until none lives; 1 when the last run of the command failed in any."""
+        """Boot all hosts and wait for their end. Returns 1 if the last run on any host failed."""
         try:
             for host in range(self.count):
                 self.boot(host)
