@@ -3,13 +3,13 @@
 import os
 import sys
 
-from cnnlab.cli import main
+from cnnlab.cli import main, under_torchrun
 
 if __name__ == "__main__":
     status = main()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # gloo's threads may still hold tensors, and releasing them while Python exits aborts the process
-        # (pytorch pull request 179291).
+    if under_torchrun():
+        # gloo's threads may still hold tensors; releasing those while Python exits aborts the
+        # process (pytorch pull request 179291).
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

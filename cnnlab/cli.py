@@ -1,396 +1,289 @@
-"""The command line: `python -m cnnlab doctor | train | ladder | replay`."""
+"""The command line: `python -m cnnlab doctor | train | ladder | replay`.
 
-import argparse
+tyro makes an option of each field of these classes and of `Recipe`, with its comment as help.
+"""
+
 import json
 import os
 import sys
-from dataclasses import fields
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import count
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Any
 
-from cnnlab.recipe import CHOICES, CnnlabError, Recipe
+import tyro
+from tyro.conf import FlagConversionOff, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
-QUICK = {"batch_size": 64, "steps": 3, "warmup_steps": 1}
+from cnnlab import machine, record
+from cnnlab.console import rung_line, show
+from cnnlab.events import Event
+from cnnlab.launch.failures import PEER_ERRORS, RankError
+from cnnlab.recipe import CnnlabError, Data, Model, Recipe
+
+QUICK = {"learning_rate": 0.001, "batch_size": 64, "steps": 3, "warmup_steps": 1}
+FULL = {"learning_rate": 0.001, "batch_size": 128, "steps": 22, "warmup_steps": 2}
+
+File = Annotated[Path | None, arg(metavar="FILE")]
+Folder = Annotated[Path | None, arg(metavar="DIR")]
+RecipeFile = Annotated[Path | None, arg(metavar="[RECIPE.json]")]
+RecordFile = Annotated[Path, arg(metavar="RECORD.jsonl")]
 
 
-FULL = {"batch_size": 128, "steps": 22, "warmup_steps": 2}
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
 
-
-def main(words=None):
-    """Run one command. Returns the exit code: 0; 1 when a run failed; 2 when what was asked for cannot be done."""
-    options = parser().parse_args(words)
+    0: done. 1: a run failed. 2: the request is invalid. 130: interrupted.
+    """
     try:
-        return options.command(options) or 0
+        parse(sys.argv[1:] if words is None else words).run()
+        return 0
     except CnnlabError as error:
         print(f"cnnlab: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        from cnnlab.launch.launcher import RankError
-        from cnnlab.launch.worker import PEER_ERRORS
-
-        if "TORCHELASTIC_RUN_ID" in os.environ and any(word in str(error) for word in PEER_ERRORS):
-            error = f"rank {os.environ['RANK']} has lost another rank: {str(error).strip().splitlines()[0]}"
-        elif not isinstance(error, RankError):
-            raise
+    except RankError as error:
         print(f"cnnlab: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not (under_torchrun() and any(text in str(error) for text in PEER_ERRORS)):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        print(f"cnnlab: rank {os.environ['RANK']} has lost another rank: {reason}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("cnnlab: interrupted; the processes were stopped.", file=sys.stderr)
+        print("cnnlab: interrupted; all processes were stopped.", file=sys.stderr)
         return 130
 
 
-def parser():
-    top = argparse.ArgumentParser(
-        prog="python -m cnnlab", description="Train one CNN, measure it honestly, make it faster."
-    )
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+def parse(words: Sequence[str]) -> "Doctor | Train | Ladder | Replay":
+    """The command with its options. Exits with 2 if an option or the type of a value is wrong."""
 
-    doctor_ = commands.add_parser("doctor", help="what this machine can do, what it lacks and why")
-    doctor_.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON too")
-    doctor_.set_defaults(command=doctor)
+    def cli(train: Train) -> Any:
+        train_command = Annotated[Train, tyro.conf.subcommand(default=train)]
+        commands = Doctor | train_command | Ladder | Replay
+        description = "Train one CNN, measure it honestly, make it faster."
+        return tyro.cli(commands, prog="python -m cnnlab", description=description, args=words)
 
-    train_ = commands.add_parser("train", help="train a recipe")
-    train_.add_argument(
-        "file",
-        nargs="?",
-        type=Path,
-        metavar="RECIPE.json",
-        help="a recipe; options below change it",
-    )
-    train_.add_argument("--record", type=Path, metavar="DIR", help="save the run in this folder")
-    train_.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="keep checkpoints in this folder, and go on from the newest",
-    )
-    train_.add_argument(
-        "--max-restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="start all ranks anew up to N times after one has failed",
-    )
-    _recipe_options(train_, [field.name for field in fields(Recipe)])
-    train_.set_defaults(command=train)
-
-    ladder_ = commands.add_parser(
-        "ladder", help="try every technique, keep those that pay, name the best recipe"
-    )
-    ladder_.add_argument(
-        "--quick",
-        action="store_true",
-        help="few steps and repeats: about a minute, wider intervals",
-    )
-    ladder_.add_argument(
-        "--repeats", type=int, metavar="N", help="runs of each rung (default: 3 quick, else 5)"
-    )
-    ladder_.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
-    ladder_.add_argument("--png", type=Path, metavar="FILE", help="draw the result")
-    ladder_.add_argument(
-        "--record",
-        type=Path,
-        metavar="DIR",
-        help="save the ladder, a run of its best recipe, and what lessons 06 and 09 measure, in this folder",
-    )
-    _recipe_options(
-        ladder_,
-        [
-            "model",
-            "width",
-            "data",
-            "images",
-            "image_size",
-            "classes",
-            "batch_size",
-            "steps",
-            "seed",
-        ],
-    )
-    ladder_.set_defaults(command=ladder)
-
-    replay_ = commands.add_parser("replay", help="show a recorded run")
-    replay_.add_argument("file", type=Path, metavar="RECORD.jsonl")
-    replay_.set_defaults(command=replay)
-    return top
+    command = cli(Train())
+    if isinstance(command, Train) and command.recipe_file:
+        recipe = read_recipe(command.recipe_file)
+        command = cli(Train(recipe=RecipeOptions(**recipe.to_dict())))
+    return command
 
 
-def doctor(options):
-    from cnnlab import machine, record
-
-    if options.json:
-        record.check_writable(options.json)
-    print("measuring ...", end="\r", file=sys.stderr)
-    from cnnlab.measure.peaks import peaks as measure_peaks
-
-    found, peaks = machine.describe(), measure_peaks()
-    rows = {
-        "processor": found.name,
-        "system": found.system,
-        "cores": found.cores,
-        "memory": f"{found.memory_gib} GiB",
-        "vector and matrix units": ", ".join(found.units) or "none known",
-        "GPUs": ", ".join(found.gpus) or "none",
-        "C++ compiler": found.compiler or "none",
-        "computed in hardware": ", ".join(name for name, own in found.hardware.items() if own),
-        "emulated": ", ".join(name for name, own in found.hardware.items() if not own) or "nothing",
-        **found.versions,
-        **{
-            f"peak {name}": f"{value / 1e9:,.0f} GFLOP/s measured"
-            for name, value in peaks.items()
-            if name != "copy"
-        },
-        "copy bandwidth": f"{peaks['copy'] / 1e9:.1f} GB/s measured (reads and writes)",
-    }
-    for name, value in rows.items():
-        print(f"{name:24} {value}")
-    for name, reason in found.missing.items():
-        print(f"missing: {name:15} {reason}")
-    if options.json:
-        record.write_json(
-            options.json, {"machine": found.to_dict(), "versions": found.versions, "peaks": peaks}
-        )
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def train(options):
-    """Train here, or, under torchrun, as one of its ranks: rank 0 then prints and records for all."""
-    from cnnlab import machine, record
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Show what this machine can do, what it lacks, and why."""
 
-    recipe = _recipe(options, _read_recipe(options.file) if options.file else {})
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        from cnnlab.launch.worker import train_under_torchrun
+    json: File = None  # also write it as JSON
 
-        recipe = recipe.replace(replicas=int(os.environ["WORLD_SIZE"]))
-        events, speaks = train_under_torchrun(recipe, options.checkpoint), os.environ["RANK"] == "0"
-    else:
+    def run(self) -> None:
+        from cnnlab.measure.peaks import peaks as measure_peaks
+
+        if self.json:
+            record.check_writable(self.json)
+        print("measuring ...", end="\r", file=sys.stderr)
+        here = machine.describe()
+        peaks = measure_peaks()
+        rows: dict[str, Any] = {
+            "processor": here.name,
+            "system": here.system,
+            "cores": here.cores,
+            "memory": f"{here.memory_gib} GiB",
+            "instruction sets": ", ".join(here.units) or "none known",
+            "GPUs": ", ".join(here.gpus) or "none",
+            "C++ compiler": here.compiler or "none",
+            "in hardware": ", ".join(name for name, own in here.hardware.items() if own),
+            "emulated": ", ".join(name for name, own in here.hardware.items() if not own) or "none",
+            **here.versions,
+        }
+        for name, value in peaks.items():
+            if name != "copy":
+                rows[f"peak {name}"] = f"{value / 1e9:,.0f} GFLOP/s measured"
+        rows["copy bandwidth"] = f"{peaks['copy'] / 1e9:.1f} GB/s measured (reads and writes)"
+        for name, value in rows.items():
+            print(f"{name:24} {value}")
+        for name, reason in here.missing.items():
+            print(f"missing: {name:15} {reason}")
+        if self.json:
+            result = {"machine": here.to_dict(), "versions": here.versions, "peaks": peaks}
+            record.write_json(self.json, result)
+
+
+class RecipeOptions(Recipe):
+    """All fields of a recipe."""
+
+    def __post_init__(self) -> None:
+        """Check nothing: a recipe file may still replace the defaults, and `Recipe` checks all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a recipe."""
+
+    recipe_file: Positional[RecipeFile] = None  # a recipe; options replace its values
+    record: Folder = None  # save the run in this folder
+    checkpoint: Folder = None  # keep checkpoints in this folder, and resume from the newest
+    max_restarts: int = 0  # how often to restart all ranks after one has failed
+    recipe: OmitArgPrefixes[FlagConversionOff[RecipeOptions]] = RecipeOptions()
+
+    def run(self) -> None:
+        """Train in new processes; under torchrun, as one of its ranks, of which rank 0 prints."""
+        recipe = Recipe(**self.recipe.to_dict())
+        if under_torchrun():
+            from cnnlab.launch.worker import train_under_torchrun
+
+            recipe = recipe.replace(replicas=int(os.environ["WORLD_SIZE"]))
+            stream = train_under_torchrun(recipe, self.checkpoint)
+        else:
+            from cnnlab.launch.launcher import run
+
+            stream = run(recipe, checkpoints=self.checkpoint, max_restarts=self.max_restarts)
+        if under_torchrun() and os.environ["RANK"] != "0":
+            exhaust(stream)
+        elif self.record:
+            show(save_run(self.record, recipe, stream))
+        else:
+            show(stream)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """Try every technique, keep those that pay, and print the best recipe."""
+
+    quick: FlagCreatePairsOff[bool] = False  # few steps and repeats: a minute, wider intervals
+    repeats: int | None = None  # runs of each rung; None: 3 if quick, otherwise 5
+    json: File = None  # write the result as JSON
+    png: File = None  # draw the result
+    record: Folder = None  # save the result and a run of the best recipe in this folder
+    model: Model = "ResNet9"  # network to train
+    width: int | None = None  # channels of the first convolution; None: the model's default
+    data: Data = Recipe.data  # data set to train on
+    images: int = Recipe.images  # number of images (synthetic and photos only)
+    image_size: int = Recipe.image_size  # height and width in pixels (synthetic and photos only)
+    classes: int = Recipe.classes  # number of classes (synthetic only)
+    batch_size: int | None = None  # images per step; None: 64 if quick, otherwise 128
+    steps: int | None = None  # training steps of each run; None: 3 if quick, otherwise 22
+    seed: int = Recipe.seed  # seed of the initial weights and of the order of the images
+
+    def run(self) -> None:
         from cnnlab.launch.launcher import run
+        from cnnlab.measure.ladder import techniques
 
-        events, speaks = (
-            run(recipe, checkpoints=options.checkpoint, max_restarts=options.max_restarts),
-            True,
-        )
-    if not speaks:
-        return sum(0 for _ in events)  # the exit code
-    if options.record:
-        events = record.save(
-            _record_path(options.record, recipe), events, machine.describe().to_dict()
-        )
-    _show(events)
+        recipe = self.base_recipe()
+        if self.repeats is not None and self.repeats < 2:
+            raise CnnlabError(f"--repeats {self.repeats} is not allowed. Use at least 2 runs.")
+        here = machine.describe()
+        json_files = [self.json] if self.json else []
+        if self.record:
+            json_files.append(self.record / record.file_name("ladder", here.to_dict()))
+        for path in json_files + ([self.png] if self.png else []):
+            record.check_writable(path)
+        rungs, impossible = techniques(here)
+        if self.quick and rungs.pop("compiled except pooling", None):
+            impossible["compiled except pooling"] = "--quick compiles only once"
+        result = self.climb(recipe, rungs, impossible, json_files)
+        for name, reason in impossible.items():
+            print(f"{name:24} not tried: {reason}")
+        best = next(rung for rung in result["rungs"] if rung["name"] == result["best"])
+        speedup = f"a speedup of {best['speedup']:.2f} over the naive baseline"
+        print(f"\nbest here: {best['name']}, {speedup}: {result['best_recipe']}")
+        if self.png:
+            draw_ladder(result, self.png)
+        if self.record:
+            recipe = Recipe.from_dict(best["recipe"])
+            exhaust(save_run(self.record, recipe, run(recipe)))
 
+    def base_recipe(self) -> Recipe:
+        settings: dict[str, Any] = dict(QUICK if self.quick else FULL)
+        for field in fields(Recipe):
+            value = getattr(self, field.name, None)
+            if value is not None:
+                settings[field.name] = value
+        return Recipe(**settings)
 
-def ladder(options):
-    from tqdm.auto import tqdm
+    def climb(
+        self, recipe: Recipe, rungs: dict, impossible: dict, json_files: list[Path]
+    ) -> dict[str, Any]:
+        """Measure the rungs. The result is saved after each: the next one may be interrupted."""
+        from tqdm.auto import tqdm
 
-    from cnnlab import record
-    from cnnlab.machine import describe
-    from cnnlab.measure.ladder import climb, ladder_result, techniques
+        from cnnlab.measure.ladder import climb, ladder_result
 
-    device = "cuda" if describe().gpus else "cpu"
-    recorded = options.record and options.record / record.file_name("ladder", describe().to_dict())
-    recipe = _recipe(
-        options, {"model": "ResNet9", "learning_rate": 0.001, **(QUICK if options.quick else FULL)}
-    )
-    if options.repeats is not None and options.repeats < 2:
-        raise CnnlabError(
-            f"--repeats {options.repeats} is not allowed: a spread needs at least 2 runs."
-        )
-    repeats = options.repeats or (3 if options.quick else 5)
-    for path in filter(None, (options.json, options.png, recorded)):
-        record.check_writable(path)  # before the work, not after it
-    rungs, impossible = techniques(describe())
-    if options.quick and rungs.pop("compiled except pooling", None):
-        impossible["compiled except pooling"] = (
-            "--quick compiles once only; without it, this rung is tried, too"
-        )
-    found = {}
+        def save() -> dict[str, Any]:
+            result = ladder_result(found.values(), impossible)
+            for path in json_files:
+                record.write_json(path, result)
+            return result
 
-    def save():
-        """What there is so far: whatever ends the climb, the rungs that were measured stay."""
-        outcome = ladder_result(found.values(), impossible)
-        for path in filter(None, (options.json, recorded)):
-            record.write_json(path, outcome)
-        return outcome
-
-    with tqdm(total=len(rungs), unit="rung", file=sys.stderr) as bar:
-        for rung in climb(recipe, rungs, repeats, seconds=0 if options.quick else 4.0):
-            bar.set_description(f"{rung.name}, run {len(rung.measurement.images_per_s) + 1}")
-            found[rung.name] = rung
-            if rung.kept is not None and rung.name != "baseline":
-                bar.write(_rung_line(rung), file=sys.stdout)
-                bar.update()
-                save()
-    for name, reason in impossible.items():
-        print(f"{name:24} not tried: {reason}")
-    outcome = save()
-    best = next(rung for rung in outcome["rungs"] if rung["name"] == outcome["best"])
-    print(
-        f"\nbest here: {outcome['best']}, {best['speedup']:.2f} times the naive baseline: {outcome['best_recipe']}"
-    )
-    if options.png:
-        _draw(outcome, options.png)
-    if options.record:
-        from cnnlab.launch.launcher import run
-
-        best_recipe = Recipe.from_dict(best["recipe"])
-        for _ in record.save(
-            _record_path(options.record, best_recipe), run(best_recipe), describe().to_dict()
-        ):
-            pass
+        found: dict[str, Any] = {}
+        result = None
+        repeats = self.repeats or (3 if self.quick else 5)
+        with tqdm(total=len(rungs), unit="rung", file=sys.stderr) as bar:
+            for rung in climb(recipe, rungs, repeats, seconds=0 if self.quick else 4.0):
+                bar.set_description(f"{rung.name}, run {len(rung.measurement.images_per_s) + 1}")
+                found[rung.name] = rung
+                if rung.kept is not None and rung.name != "baseline":
+                    bar.write(rung_line(rung), file=sys.stdout)
+                    bar.update()
+                    result = save()
+        if result is None:  # Only the baseline can run here.
+            result = save()
+        return result
 
 
-def replay(options):
-    from cnnlab import record
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Print a recorded run."""
 
-    loaded = record.load(options.file)
-    print(
-        f"recorded {loaded.date} on {loaded.machine['name']}, {loaded.machine['cores']} cores, torch {loaded.versions['torch']}, "
-        f"commit {loaded.commit}"
-    )
-    _show(iter(loaded.events))
-    if loaded.truncated:
-        print(f"cnnlab: the record is truncated: {loaded.truncated}.", file=sys.stderr)
+    file: Positional[RecordFile]  # what `train --record` has saved
 
-
-def _show(events):
-    """Print a run: a bar while it trains, a line at each evaluation and at the end."""
-    from tqdm.auto import tqdm
-
-    from cnnlab.events import (
-        Checkpointed,
-        Evaluated,
-        Failed,
-        Finished,
-        Progress,
-        Restarted,
-        Started,
-    )
-
-    first = list(islice(events, 1))  # before the bar: a refusal then stands alone
-    with tqdm(
-        unit="step", file=sys.stderr, leave=False, disable=None
-    ) as bar:  # None: off where nobody looks
-        for event in chain(first, events):
-            if isinstance(event, Failed):
-                bar.write(f"rank {event.rank} failed: {event.error}", file=sys.stdout)
-            elif isinstance(event, Restarted):
-                bar.write(
-                    f"rank {event.rank} failed: {event.error}. All ranks start anew, for time {event.attempt}",
-                    file=sys.stdout,
-                )
-            if event.rank:
-                continue
-            if isinstance(event, Started):
-                bar.reset(event.steps)
-                bar.update(event.first_step)
-                if event.first_step:
-                    bar.write(
-                        f"goes on from the checkpoint of step {event.first_step}", file=sys.stdout
-                    )
-                bar.write(
-                    f"{event.recipe.model}, {event.parameters:,} parameters; {event.train_images:,} images to train on, "
-                    f"{event.test_images:,} held out; {event.world} rank{'s' * (event.world > 1)}",
-                    file=sys.stdout,
-                )
-            elif isinstance(event, Progress):
-                bar.update(event.step - bar.n)
-                bar.set_postfix_str(
-                    f"loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s"
-                )
-            elif isinstance(event, Checkpointed):
-                bar.write(
-                    f"step {event.step:5}: checkpoint written in {event.took_s:.2f} s",
-                    file=sys.stdout,
-                )
-            elif isinstance(event, Evaluated):
-                bar.write(
-                    f"epoch {event.epoch:3}: held-out accuracy {100 * event.accuracy:.1f}%, loss {event.loss:.3f}",
-                    file=sys.stdout,
-                )
-            elif isinstance(event, Finished):
-                bar.write(
-                    f"{event.images:,} images in {event.seconds:.1f} s, of which {event.warmup_s:.1f} s warm-up; then {event.images_per_s:,.0f} images/s "
-                    f"({1000 * event.step_s:.1f} ms a step: {1000 * event.waiting_s:.1f} waiting for data"
-                    + (
-                        ""
-                        if event.communication_s is None
-                        else f", {1000 * event.communication_s:.1f} for other ranks"
-                    )
-                    + "); "
-                    f"peak memory {event.peak_memory_mib:,.0f} MiB",
-                    file=sys.stdout,
-                )
+    def run(self) -> None:
+        loaded = record.load(self.file)
+        place = f"{loaded.machine['name']}, {loaded.machine['cores']} cores"
+        versions = f"torch {loaded.versions['torch']}, commit {loaded.commit}"
+        print(f"recorded {loaded.date} on {place}, {versions}")
+        show(loaded.events)
+        if loaded.truncated:
+            print(f"cnnlab: the record is truncated: {loaded.truncated}.", file=sys.stderr)
 
 
-def _rung_line(rung):
-    if rung.failed:
-        return f"{rung.name:24} failed, left out: {rung.failed}"
-    verdict = "kept" if rung.kept else "does not pay, left out"
-    return (
-        f"{rung.name:24} {rung.measurement.quartiles[1]:10,.0f} images/s  {rung.over_baseline.value:5.2f}x baseline  "
-        f"{verdict}: {rung.over_below}"
-    )
-
-
-def _draw(outcome, path):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw_ladder(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     from cnnlab.plots import speed, style
 
-    speed.ladder_bars(figure.subplots(), outcome["rungs"])
-    machine, versions = outcome["machine"], outcome["versions"]
-    title = (
-        f"{outcome['recipe']['model']} on {style.machine_label(machine)}, torch {versions['torch']}"
-    )
-    figure.suptitle(title, fontsize=10)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    speed.ladder_bars(figure.subplots(), result["rungs"])
+    place = f"{style.machine_label(result['machine'])}, torch {result['versions']['torch']}"
+    figure.suptitle(f"{result['recipe']['model']} on {place}", fontsize=10)
     figure.savefig(path, dpi=150, format="png")
 
 
-def _recipe_options(parser, names):
-    """An option for each field of a recipe, such as --batch-size."""
-    group = parser.add_argument_group("the recipe")
-    read = {bool: lambda text: {"true": True, "false": False}.get(text.lower(), text)}
-    for field in fields(Recipe):
-        if field.name in names:
-            kind = str if field.name in CHOICES else (*get_args(field.type), field.type)[0]
-            choices = filter(None, CHOICES.get(field.name, [field.name.upper()]))
-            default = "" if field.default is None else f"default: {field.default}"
-            group.add_argument(
-                "--" + field.name.replace("_", "-"),
-                type=read.get(kind, kind),
-                default=argparse.SUPPRESS,
-                metavar="|".join(choices),
-                help=default,
-            )
-
-
-def _recipe(options, values):
-    """The recipe of `values`, changed by what was given on the command line."""
-    given = {
-        field.name: getattr(options, field.name)
-        for field in fields(Recipe)
-        if hasattr(options, field.name)
-    }
-    return Recipe.from_dict({**values, **given} if isinstance(values, dict) else values)
-
-
-def _read_recipe(path):
+def read_recipe(path: Path) -> Recipe:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CnnlabError(f"the recipe {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
-        raise CnnlabError(f"the recipe {path} is no JSON: {error}.") from None
+        raise CnnlabError(f"the recipe {path} is not valid JSON: {error}.") from None
+    return Recipe.from_dict(values)
 
 
-def _record_path(folder, recipe):
-    """A name that no earlier run has."""
+def save_run(folder: Path, recipe: Recipe, stream: Iterable[Event]) -> Iterator[Event]:
+    """Save a run while it is consumed, in a file that no earlier run, even interrupted, has."""
     stem = f"{recipe.model}-{recipe.data}-{recipe.precision}-{recipe.replicas}"
-    taken = lambda number: any(
-        (folder / f"{stem}-{number}.jsonl{end}").exists() for end in ("", ".part")
-    )  # .part: it was interrupted
-    number = next(number for number in range(1, 1_000_000) if not taken(number))
-    return folder / f"{stem}-{number}.jsonl"
+    for number in count(1):
+        path = folder / f"{stem}-{number}.jsonl"
+        if not path.exists() and not path.with_name(f"{path.name}.part").exists():
+            break
+    return record.save(path, stream, machine.describe().to_dict())
+
+
+def exhaust(stream: Iterable[Event]) -> None:
+    for _ in stream:
+        pass

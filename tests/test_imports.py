@@ -1,6 +1,7 @@
-"""Imports go only to rows above, heavy ones only where they belong, and importing starts nothing."""
+"""What importing cnnlab loads and does. Which module may import which: see `pyproject.toml`."""
 
 import ast
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,117 +10,142 @@ import pytest
 
 import cnnlab
 
-FOLDER = Path(cnnlab.__file__).parent
-ORDER = [
-    "recipe",
-    "events",
-    "record",
-    "scaling",
-    "model",
-    "photos",
-    "data",
-    "machine",
-    "replicas",
-    "speed",
-    "checkpoint",
-    "train",
-    "rank",
-    "launch",
-    "compare",
-    "explain",
-    "instruments",
-    "device",
-    "ladder",
-    "plot",
-    "board",
-    "panel",
-    "check",
-    "__main__",
+PACKAGE = Path(cnnlab.__file__).parent
+MODULES = sorted(module.name for module in pkgutil.walk_packages([str(PACKAGE)], "cnnlab."))
+WITHOUT_WIDGETS = [name for name in MODULES if not name.startswith("cnnlab.widgets")]
+LIGHT = [
+    "cnnlab.recipe",
+    "cnnlab.events",
+    "cnnlab.record",
+    "cnnlab.machine",
+    "cnnlab.measure.compare",
+    "cnnlab.measure.scaling",
+    "cnnlab.plots",
+    "cnnlab.cli",
 ]
-PANELS = {"board", "panel"}
-ALLOWED_UPWARD = set()  # (module, what it imports although that stands below): none
+JUPYTER = {"IPython", "ipykernel", "ipywidgets", "jupyterlab"}
+
+CHANGES_NOTHING = """
+import os, random, sys, threading, warnings
+warnings.simplefilter("ignore")
+import matplotlib, numpy, psutil, torch, torch.distributed, torch.utils.data
+
+def state():
+    return {
+        "threads of torch": torch.get_num_threads(),
+        "seed of torch": torch.initial_seed(),
+        "operators of torch": len(torch._C._dispatch_get_all_op_names()),
+        "random": random.getstate(),
+        "numpy": str(numpy.random.get_state()),
+        "matplotlib": matplotlib.get_backend(auto_select=False),
+        "environment": dict(os.environ),
+        "processes": psutil.Process().children(),
+        "threads": threading.enumerate(),
+    }
+
+before = state()
+import MODULES
+changed = [name for name, value in state().items() if value != before[name]]
+assert not changed, changed
+"""
 
 
-def imported(module):
-    """Names of cnnlab modules that a module imports, in functions as well, and of packages from elsewhere."""
-    ours, others = set(), set()
-    for node in ast.walk(ast.parse((FOLDER / f"{module}.py").read_text())):
+def source(module):
+    path = PACKAGE.parent / Path(*module.split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+
+
+def imported_packages(module):
+    """The top-level packages that a module imports, also inside functions."""
+    packages = set()
+    for node in ast.walk(ast.parse(source(module))):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                top, _, rest = alias.name.partition(".")
-                ours.add(rest or "__init__") if top == "cnnlab" else others.add(top)
+            packages.update(alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            inside = node.level > 0 or (node.module or "").split(".")[0] == "cnnlab"
-            name = (node.module or "").removeprefix("cnnlab").lstrip(".")
-            if not inside:
-                others.add(node.module.split(".")[0])
-            elif name:
-                ours.add(name.split(".")[0])
-            else:
-                ours |= {alias.name for alias in node.names}
-    return ours, others
-
-
-MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
-
-
-def test_every_module_has_a_row():
-    assert set(MODULES) <= set(ORDER)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_only_to_rows_above(module):
-    above = set(ORDER[: ORDER.index(module)])
-    below = {(module, name) for name in imported(module)[0] - above}
-    assert below <= ALLOWED_UPWARD
-
-
-@pytest.mark.parametrize("module", [module for module in MODULES if module not in PANELS])
-def test_only_the_panels_name_jupyter(module):
-    assert not imported(module)[1] & {"ipywidgets", "IPython", "ipykernel", "jupyterlab"}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_nothing_is_imported_by_star(module):
-    tree = ast.parse((FOLDER / f"{module}.py").read_text())
-    assert not [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
-    ]
+            packages.add(node.module.partition(".")[0])
+    return packages
 
 
 def loaded_after(statement):
-    """Names of all modules in a fresh Python after a statement."""
+    """The names of all modules that a new Python has loaded after a statement."""
     code = f"{statement}\nimport sys\nprint(*sys.modules)"
-    return set(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-        ).stdout.split()
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.split())
 
 
-def test_recipe_events_record_and_plot_do_without_torch():
-    assert not {"torch", "ipywidgets", "IPython"} & loaded_after(
-        "import cnnlab.recipe, cnnlab.events, cnnlab.record, cnnlab.plot"
-    )
+def test_all_modules_are_found():
+    assert {"cnnlab.cli", "cnnlab.launch.worker", "cnnlab.widgets.board"} <= set(MODULES)
+    files = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+    assert len(files) == len(MODULES)
 
 
-def test_all_but_the_panels_do_without_jupyter():
-    names = ", ".join(f"cnnlab.{module}" for module in MODULES if module not in PANELS)
-    assert not {"ipywidgets", "IPython", "ipykernel"} & loaded_after(f"import {names}")
+@pytest.mark.parametrize("module", WITHOUT_WIDGETS)
+def test_only_widgets_import_jupyter(module):
+    assert not imported_packages(module) & JUPYTER
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_star_imports(module):
+    for node in ast.walk(ast.parse(source(module))):
+        if isinstance(node, ast.ImportFrom):
+            assert "*" not in [alias.name for alias in node.names]
+
+
+def test_the_package_loads_neither_torch_nor_numpy_nor_jupyter():
+    loaded = loaded_after("import cnnlab")
+    assert "cnnlab" in loaded
+    assert not loaded & {"torch", "numpy", "matplotlib", *JUPYTER}
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_load_neither_torch_nor_jupyter(module):
+    loaded = loaded_after(f"import {module}")
+    assert module in loaded
+    assert not loaded & {"torch", *JUPYTER}
+
+
+def test_all_modules_but_widgets_load_no_jupyter():
+    loaded = loaded_after(f"import {', '.join(WITHOUT_WIDGETS)}")
+    assert "torch" in loaded
+    assert not loaded & JUPYTER
 
 
 def test_importing_starts_nothing_and_changes_nothing():
-    code = """
-import os, random, threading, warnings
-warnings.simplefilter("ignore")
-import numpy, psutil, torch, matplotlib, torch.utils.data, torch.distributed
-before = torch.get_num_threads(), torch.initial_seed(), random.getstate(), str(numpy.random.get_state()), matplotlib.get_backend(auto_select=False), dict(os.environ)
-import cnnlab, {modules}
-after = torch.get_num_threads(), torch.initial_seed(), random.getstate(), str(numpy.random.get_state()), matplotlib.get_backend(auto_select=False), dict(os.environ)
-assert before == after
-assert not psutil.Process().children() and threading.active_count() == 1, (psutil.Process().children(), threading.enumerate())
-""".replace("{modules}", ", ".join(f"cnnlab.{module}" for module in MODULES))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    code = CHANGES_NOTHING.replace("MODULES", ", ".join(["cnnlab", *MODULES]))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_public_name_can_be_imported():
+    assert {"Recipe", "CnnlabError", "run", "ranks", "replay", "compare", "explain"} <= set(
+        dir(cnnlab)
+    )
+    for name in dir(cnnlab):
+        assert getattr(cnnlab, name).__name__.rpartition(".")[2] == name
+
+
+def test_public_names_are_the_objects_of_their_modules():
+    from cnnlab.launch import launcher
+    from cnnlab.recipe import Recipe
+
+    assert cnnlab.Recipe is Recipe
+    assert cnnlab.run is launcher.run
+
+
+def test_folders_and_modules_can_be_imported_from_the_package():
+    from cnnlab import check, data, machine, model, plots, record, widgets
+
+    names = [module.__name__ for module in (check, data, machine, model, plots, record, widgets)]
+    assert names == [
+        f"cnnlab.{name}"
+        for name in ("check", "data", "machine", "model", "plots", "record", "widgets")
+    ]
+
+
+def test_a_misspelled_name_raises_as_usual():
+    with pytest.raises(AttributeError, match="Recpie"):
+        cnnlab.Recpie  # noqa: B018
+    with pytest.raises(ImportError, match="Recpie"):
+        from cnnlab import Recpie  # noqa: F401
