@@ -1,5 +1,9 @@
-"""Waiting times: importing; from the call of `run` to the first step of all ranks; from Stop to the end of every process; from a
-slider's release to the first point of the new run on the picture.
+"""Latency of everything a person waits for. Prints medians.
+
+- importing the package, in a fresh interpreter
+- from the call of `run` to the first step of all ranks
+- from Stop to the end of every process
+- from releasing a slider to the first point of the new run in the picture
 
     python tests/benchmarks/latency.py [ROUNDS]
 """
@@ -14,83 +18,114 @@ from cnnlab.events import Progress, Started
 from cnnlab.launch.launcher import prewarm, run
 from cnnlab.recipe import Recipe
 
+TIMED_IMPORT = """
+import time
+{first}
+began = time.perf_counter()
+{then}
+print(time.perf_counter() - began)
+"""
+IMPORTS = [  # (what is imported before the clock starts, what is timed)
+    ("pass", "import cnnlab.recipe, cnnlab.events, cnnlab.record, cnnlab.plots"),
+    ("pass", "import cnnlab.measure.compare"),
+    ("import torch", "import cnnlab.launch.launcher"),
+    ("import torch", "import cnnlab.widgets"),
+]
 
-def seconds_of(code):
-    """Of a fresh interpreter that runs `code`, which prints them."""
-    return float(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-    )
+
+def median_ms(seconds):
+    return f"{1000 * statistics.median(seconds):.0f} ms"
+
+
+def seconds_printed_by(code):
+    """Run `code` in a fresh interpreter. Returns the number that it prints."""
+    command = [sys.executable, "-c", code]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def imports(rounds):
-    timed = "import time; {first}; began = time.perf_counter(); {then}; print(time.perf_counter() - began)"
-    for first, then in (
-        ("pass", "import cnnlab.recipe, cnnlab.events, cnnlab.record, cnnlab.plot"),
-        ("pass", "import cnnlab.compare"),
-        ("import torch", "import cnnlab.launch"),
-        ("import torch", "import cnnlab.panel"),
-    ):
-        times = [seconds_of(timed.format(first=first, then=then)) for _ in range(rounds)]
-        print(f"{then:72} after {first:13} {1000 * statistics.median(times):5.0f} ms")
+    for first, then in IMPORTS:
+        code = TIMED_IMPORT.format(first=first, then=then)
+        times = [seconds_printed_by(code) for _ in range(rounds)]
+        print(f"{then:72} after {first:13} {median_ms(times):>8}")
+
+
+def first_step_and_stop(replicas):
+    """Seconds from the call of `run` to the first step of all ranks, and from Stop to the end."""
+    recipe = Recipe(replicas=replicas, epochs=1000, evaluate=False, warmup_steps=1)
+    stop = threading.Event()
+    stepped = set()
+    began = time.perf_counter()
+    for event in run(recipe, stop):
+        if isinstance(event, Progress) and not stop.is_set():
+            stepped.add(event.rank)
+            if len(stepped) == replicas:
+                first_step = time.perf_counter()
+                stop.set()
+    return first_step - began, time.perf_counter() - first_step
 
 
 def starts_and_stops(rounds):
     prewarm()
     for replicas in (1, 2, 4):
-        first, stopped = [], []
+        first_steps, ends = [], []
         for _ in range(rounds):
-            stop, began, stepped = threading.Event(), time.perf_counter(), set()
-            for event in run(
-                Recipe(replicas=replicas, epochs=1000, evaluate=False, warmup_steps=1), stop
-            ):
-                if isinstance(event, Progress) and not stop.is_set():
-                    stepped.add(event.rank)
-                    if len(stepped) == replicas:
-                        first.append(time.perf_counter() - began)
-                        began = time.perf_counter()
-                        stop.set()
-            stopped.append(time.perf_counter() - began)
+            first_step, end = first_step_and_stop(replicas)
+            first_steps.append(first_step)
+            ends.append(end)
         print(
-            f"{replicas} ranks: first step of all after {1000 * statistics.median(first):.0f} ms, all gone {1000 * statistics.median(stopped):.0f} ms after Stop"
+            f"{replicas} ranks: first step of all ranks after {median_ms(first_steps)}, "
+            f"all processes gone {median_ms(ends)} after Stop"
         )
 
 
-def slider_to_point(rounds):
-    from cnnlab.widgets.panels import ScalingPanel
+def record_pictures(panel):
+    """The list that gets an entry for each picture of the panel: (time, world sizes, has a point).
 
-    board, drawn = (
-        ScalingPanel(
-            Recipe(batch_size=256, steps=4000, threads=1, evaluate=False), ranks=(1, 2, 4)
-        ),
-        [],
-    )
-    png = board.picture.png
-    board.picture.png = lambda draw: (
-        png(draw),
-        drawn.append(
-            (
-                time.perf_counter(),
-                {event.world for event in board.events if isinstance(event, Started)},
-                any(isinstance(event, Progress) for event in board.events),
-            )
-        ),
-    )[0]
-    board.run()
+    A picture shows a point of the run once one of the panel's events is a `Progress`.
+    """
+    pictures = []
+    png = panel.picture.png
+
+    def recording_png(draw):
+        image = png(draw)
+        worlds = {event.world for event in panel.events if isinstance(event, Started)}
+        has_point = any(isinstance(event, Progress) for event in panel.events)
+        pictures.append((time.perf_counter(), worlds, has_point))
+        return image
+
+    panel.picture.png = recording_png
+    return pictures
+
+
+def wait_for_point(pictures, replicas):
+    """The time of the first picture with a point of a run of so many ranks."""
+    while True:
+        for at, worlds, has_point in list(pictures):
+            if has_point and worlds == {replicas}:
+                return at
+        time.sleep(0.005)
+
+
+def slider_to_point(rounds):
+    from cnnlab.widgets import ScalingPanel
+
+    recipe = Recipe(batch_size=256, steps=4000, threads=1, evaluate=False)
+    panel = ScalingPanel(recipe, ranks=(1, 2, 4))
+    pictures = record_pictures(panel)
+    panel.run()
     times = []
     for replicas in (2, 4, 1) * rounds:
         time.sleep(1.5)
-        drawn.clear()
+        pictures.clear()
         began = time.perf_counter()
-        board.controls["replicas"].value = replicas
-        while not (there := [at for at, world, point in drawn if point and world == {replicas}]):
-            time.sleep(0.005)
-        times.append(there[0] - began)
-    board.stop()
-    board.wait()
+        panel.controls["replicas"].value = replicas
+        times.append(wait_for_point(pictures, replicas) - began)
+    panel.stop()
+    panel.wait()
     print(
-        f"slider's release to the first new point: {1000 * statistics.median(times):.0f} ms, {1000 * max(times):.0f} at most"
+        f"slider's release to the first new point: {median_ms(times)}, "
+        f"at most {1000 * max(times):.0f} ms"
     )
 
 

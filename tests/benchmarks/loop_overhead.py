@@ -1,6 +1,7 @@
-"""What `launch.run` costs: its images/s beside those of the same loop written inline in a plain script, in turn.
+"""Overhead of `run`: its images/s compared with the same loop in a plain script, interleaved.
 
-One thread each, for it steadies the figures, and the cost of a step's bookkeeping shows most where steps are short.
+Both use one thread, which reduces the noise. The overhead per step is largest for SmallCNN, whose
+steps are short.
 
     python tests/benchmarks/loop_overhead.py [ROUNDS]
 """
@@ -13,18 +14,24 @@ from cnnlab.launch.launcher import run
 from cnnlab.measure.compare import Measurement, speedup
 from cnnlab.recipe import Recipe
 
+WARMUP_STEPS = 5
 INLINE = """
 import sys, time
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from cnnlab.data.datasets import digits
+from cnnlab.model import ResNet9, SmallCNN
 
-model_name, batch_size, steps, warmup = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+model_name = sys.argv[1]
+batch_size, steps, warmup = (int(word) for word in sys.argv[2:])
 torch.set_num_threads(1)
 images = digits().train
 torch.manual_seed(0)
 model = {"SmallCNN": SmallCNN, "ResNet9": ResNet9}[model_name](channels=1)
-loader = DataLoader(images, batch_size, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(0))
+loader = DataLoader(
+    images, batch_size, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(0)
+)
 optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
 step = correct = 0
 while step < steps:
@@ -44,38 +51,45 @@ print((steps - warmup) * batch_size / (time.perf_counter() - began))
 """
 
 
+def inline_rate(recipe):
+    """Images/s of the plain script, in a fresh interpreter."""
+    numbers = (recipe.batch_size, recipe.steps, recipe.warmup_steps)
+    command = [sys.executable, "-c", INLINE, recipe.model, *map(str, numbers)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def packaged_rate(recipe):
+    """Images/s of `run(recipe)`."""
+    return next(event.images_per_s for event in run(recipe) if isinstance(event, Finished))
+
+
+def compare_loops(recipe, rounds):
+    inline, packaged = [], []
+    for _ in range(rounds):
+        inline.append(inline_rate(recipe))
+        packaged.append(packaged_rate(recipe))
+    print("inline:", *(f"{rate:.0f}" for rate in inline), end="  ")
+    print("run():", *(f"{rate:.0f}" for rate in packaged))
+    before = Measurement(name="inline", recipe=recipe, images_per_s=tuple(inline))
+    after = Measurement(name="run()", recipe=recipe, images_per_s=tuple(packaged))
+    print(
+        f"{recipe.model}, batch {recipe.batch_size}: "
+        f"inline {before.quartiles[1]:,.0f}, run() {after.quartiles[1]:,.0f} images/s: "
+        f"{speedup(before, after)}"
+    )
+
+
 def main(rounds):
-    for model, batch_size, steps in (("SmallCNN", 64, 400), ("ResNet9", 64, 15)):
+    for model, steps in (("SmallCNN", 400), ("ResNet9", 15)):
         recipe = Recipe(
             model=model,
-            batch_size=batch_size,
+            batch_size=64,
             steps=steps,
-            warmup_steps=5,
+            warmup_steps=WARMUP_STEPS,
             threads=1,
             evaluate=False,
         )
-        rates = {"inline": [], "run()": []}
-        for _ in range(rounds):
-            words = [sys.executable, "-c", INLINE, model, str(batch_size), str(steps), "5"]
-            rates["inline"].append(
-                float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-            )
-            rates["run()"].append(
-                next(event.images_per_s for event in run(recipe) if isinstance(event, Finished))
-            )
-        inline, packaged = (
-            Measurement(name=name, recipe=recipe, images_per_s=tuple(values))
-            for name, values in rates.items()
-        )
-        print(
-            "inline:",
-            *(f"{rate:.0f}" for rate in rates["inline"]),
-            " run():",
-            *(f"{rate:.0f}" for rate in rates["run()"]),
-        )
-        print(
-            f"{model}, batch {batch_size}: inline {inline.quartiles[1]:,.0f}, run() {packaged.quartiles[1]:,.0f} images/s: {speedup(inline, packaged)}"
-        )
+        compare_loops(recipe, rounds)
 
 
 if __name__ == "__main__":
