@@ -1,6 +1,5 @@
-"""What runs in each process of a run: it joins the others, does its job, says how it ends, and never outlives the notebook."""
+"""What runs in a rank: take the job from the notebook, do it, and report how it ended."""
 
-import faulthandler
 import linecache
 import multiprocessing
 import multiprocessing.connection
@@ -13,229 +12,263 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Client
+from functools import partial
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
+from typing import Any
 
+import cloudpickle
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from cnnlab import machine
 from cnnlab.data import datasets
-from cnnlab.recipe import CnnlabError
+from cnnlab.events import Event
+from cnnlab.launch.failures import Kind, Message, enable_stack_dumps
+from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training import checkpoint, techniques
 from cnnlab.training.loop import train
 
-COLLECTIVE_TIMEOUT_S = 60  # seconds: a collective that takes longer has lost a rank
+COLLECTIVE_TIMEOUT_S = 60  # A collective that takes longer has lost a rank.
+
+# Keeps process groups alive: destroying one under a live DDP model hangs or crashes the process.
+live_groups: list[dist.ProcessGroup] = []
 
 
-PEER_ERRORS = (
-    "gloo",
-    "NCCL",
-    "Connection closed",
-    "Connection reset",
-    "Broken pipe",
-    "C10d store",
-)  # what peers of a lost rank say
-
-
-kept = []  # the process group: destroyed while a model of it lives, it would take the process down or hang it
-
-
-def main(address):
-    """Say hello, take the job, do it, send what it yields, say how it ended. (The entry point that the agent starts.)"""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # an interrupt is for the notebook, which then stops us
+def main(address: str) -> None:
+    """Do the job that comes from the socket `address`. The entry point of each process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The notebook handles interrupts.
     if hasattr(os, "setpgrp"):
-        os.setpgrp()  # so that our loader workers can be stopped with us
+        os.setpgrp()  # So that loader workers can be killed together with their rank.
     threading.Thread(target=_watch_parent, args=(address,), daemon=True).start()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if (
-        sys.platform == "linux"
-    ):  # as where no fork server is: loader workers are there at once, and leave no semaphores
+    if sys.platform == "linux":
+        # Loader workers fork from the rank: they start at once and leave no semaphores behind.
         multiprocessing.set_start_method("fork", force=True)
     try:
         connection = Client(address)
-    except OSError:  # the run was stopped before we came
+    except OSError:  # The run was stopped before this process was ready.
         os._exit(1)
     with connection:
-        say = Channel(connection)
+        channel = Channel(connection, rank)
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=lambda: _after_fork(connection))
-        say(rank, os.getpid())
+            os.register_at_fork(after_in_child=partial(_after_fork, connection))
+        channel.send("hello", os.getpid())
         try:
             job = pickle.loads(connection.recv_bytes())
-            multiprocessing.current_process()._config["tempdir"] = job[
-                "folder"
-            ]  # of what Python and we put into files, to go with it
-            os.environ.update(job["env"])
-            linecache.cache.update(
-                job["cells"]
-            )  # so that a traceback shows the lines of notebook cells
-            if hasattr(signal, "SIGUSR1"):  # asked for when we hang: see launch._hanging
-                faulthandler.register(
-                    signal.SIGUSR1,
-                    open(Path(job["folder"]) / f"stack-{rank}", "w"),
-                    all_threads=False,
-                )
-            sys.stdout = sys.stderr = StdoutForwarder(say)
-            _configure_process(rank, world)
-            if job["backend"]:
-                join_process_group(
-                    job["backend"],
-                    store=dist.FileStore(str(Path(job["folder"]) / "store"), world),
-                    rank=rank,
-                    world_size=world,
-                    timeout=timedelta(seconds=job["timeout"]),
-                )
-            function, args = pickle.loads(
-                job["call"]
-            )  # last: what it names is imported as the rank has it
+            _set_up(job, channel, rank, world)
+            # After the setup, because unpickling imports modules that may depend on it.
+            function, args = pickle.loads(job.call)
             for event in function(rank, world, *args):
-                say("event", event)
+                channel.send("event", event)
             sys.stdout.flush()
-            say("done", None)
-            connection.recv()  # all are done; a rank that dies in the agent's own barrier, further on, would hang the agent
-        except CnnlabError as refusal:
-            say("refused", str(refusal))
+            channel.send("done")
+            # Until all are done: a rank that dies in the agent's exit barrier would hang the agent.
+            connection.recv()
+        except CnnlabError as error:
+            channel.send("rejected", str(error))
             os._exit(1)
         except BaseException as error:
             sys.stdout.flush()
-            say("error", (f"{type(error).__name__}: {error}", traceback.format_exc()))
-            connection.poll(10)  # the notebook looks at the other ranks, and then ends us all
-            os._exit(1)  # at once: peers may hold what a tidy exit would wait for
+            message = f"{type(error).__name__}: {error}"
+            channel.send("error", error=message, traceback=traceback.format_exc())
+            connection.poll(10)  # The notebook inspects the other ranks, then kills them all.
+            os._exit(1)  # A normal exit could block on resources that peers hold.
 
 
-def join_process_group(backend, **how):
-    """The process group; `how` goes to `init_process_group`. Later calls of that, in a learner's function, find it ready."""
-    init = dist.init_process_group
-
-    def init_process_group(*args, **options):
-        if not dist.is_initialized():
-            init(*args, **options)
-            kept.append(dist.group.WORLD)
-
-    if "store" in how and os.name == "posix":
-        os.environ.setdefault(
-            "GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"
-        )  # this machine only: loopback
-    init_process_group(backend, **how)
-    dist.init_process_group = dist.distributed_c10d.init_process_group = init_process_group
+def call_once(rank: int, world: int, function: Callable, args: tuple) -> Iterator[tuple]:
+    """Yield one event: the rank, and the pickled value of function(*args)."""
+    yield rank, cloudpickle.dumps(function(*args))
 
 
-def check_runnable(recipe, checkpoints=None):
-    """Raise `CnnlabError` where this machine cannot run the recipe, or keep its checkpoints in that folder."""
-    if lacking := machine.missing_for(recipe):
-        raise CnnlabError(" ".join(lacking))
+def train_rank(rank: int, world: int, recipe: Recipe, checkpoints: str | None) -> Iterator[Event]:
+    """Train one rank of `recipe` and yield its events."""
+    return train(recipe, rank, world, checkpoints)
+
+
+def train_under_torchrun(recipe: Recipe, checkpoints: str | None = None) -> Iterator[Event]:
+    """Train the rank that torchrun started, and yield its events; rank 0 then yields those of all.
+
+    torchrun must have started `recipe.replicas` ranks.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if recipe.strategy == "async" and local_world != world:
+        raise CnnlabError(
+            "strategy='async' runs on one machine only, because its ranks share memory. "
+            "Use strategy='ddp' or 'local-sgd' on several machines."
+        )
+    check_runnable(recipe, checkpoints)
+    _configure_process(local_rank, local_world)
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    join_process_group(select_backend(recipe, local_world), timeout=timeout)
+
+    # One rank of each machine downloads, which may take longer than a collective is allowed to.
+    download_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    if local_rank == 0:
+        datasets.download(recipe)
+    dist.barrier(download_group)
+    if local_rank != 0:
+        datasets.download(recipe)  # Finds the files.
+    dist.barrier(download_group)
+
+    events = []
+    for event in train_rank(rank, world, recipe, checkpoints):
+        events.append(event)
+        yield event
+    if rank != 0:
+        dist.gather_object(events)
+        return
+    gathered: list[list[Event]] = [[]] * world
+    dist.gather_object(events, gathered)
+    for others in gathered[1:]:
+        yield from others
+
+
+def check_runnable(recipe: Recipe, checkpoints: str | Path | None = None) -> None:
+    """Raise `CnnlabError` if this machine cannot run the recipe or write its checkpoints there."""
+    if missing := machine.missing_for(recipe):
+        raise CnnlabError(" ".join(missing))
     if checkpoints:
         checkpoint.check_supported(checkpoints, recipe)
 
 
-def train_under_torchrun(recipe, checkpoints=None):
-    """Under torchrun, which has started `recipe.replicas` ranks: the events of this one, and at the end, in rank 0, those of all."""
-    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if recipe.strategy == "async" and os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
-        raise CnnlabError(
-            "strategy='async' is for one machine: its ranks share memory. Take 'ddp' or 'local-sgd' for several."
+def select_backend(recipe: Recipe, local_world: int) -> str:
+    """The backend of the process group: NCCL for GPU tensors if each rank has a GPU, else gloo."""
+    if recipe.device == "cuda" and torch.cuda.device_count() >= local_world:
+        return "cpu:gloo,cuda:nccl"  # NCCL does not communicate CPU tensors.
+    return "gloo"
+
+
+def join_process_group(backend: str, **options: Any) -> None:
+    """Join the process group; `options` go to `init_process_group`.
+
+    When the user's function calls `init_process_group` again, it finds the group ready.
+    """
+    original = dist.init_process_group
+
+    def init_process_group(*args, **options):
+        if not dist.is_initialized():
+            original(*args, **options)
+            live_groups.append(dist.distributed_c10d._get_default_group())
+
+    if "store" in options and os.name == "posix":  # All ranks are on this machine.
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    init_process_group(backend, **options)
+    dist.init_process_group = init_process_group
+    dist.distributed_c10d.init_process_group = init_process_group
+
+
+def _set_up(job: "Job", channel: "Channel", rank: int, world: int) -> None:
+    """Everything a rank needs before the user's function is unpickled and called."""
+    # Temporary files of Python and cnnlab disappear with the run's folder.
+    multiprocessing.current_process()._config["tempdir"] = job.folder  # type: ignore[attr-defined]
+    os.environ.update(job.env)
+    linecache.cache.update(job.cells)
+    enable_stack_dumps(Path(job.folder), rank)
+    sys.stdout = sys.stderr = StdoutForwarder(channel)
+    _configure_process(rank, world)
+    if job.backend:
+        join_process_group(
+            job.backend,
+            store=dist.FileStore(str(Path(job.folder) / "store"), world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=job.timeout),
         )
-    check_runnable(recipe, checkpoints)
-    _configure_process(local, int(os.environ["LOCAL_WORLD_SIZE"]))
-    join_process_group(
-        select_backend(recipe, int(os.environ["LOCAL_WORLD_SIZE"])),
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-    )
-    patient = dist.new_group(
-        backend="gloo", timeout=timedelta(hours=2)
-    )  # a download may take longer than a collective operation
-    for turn in (True, False):  # one rank of each machine downloads, then the others find the files
-        if turn == (local == 0):
-            datasets.download(recipe)
-        dist.barrier(patient)
-    events = []
-    for event in train(recipe, rank, world, checkpoints):
-        events.append(event)
-        yield event
-    everyone = [None] * world if rank == 0 else None
-    dist.gather_object(events, everyone)
-    for others in (everyone or ())[1:]:
-        yield from others
 
 
-def select_backend(recipe, local_world):
-    """NCCL wants a GPU for each rank, and takes nothing from the CPU; gloo carries everything else."""
-    return (
-        "cpu:gloo,cuda:nccl"
-        if recipe.device == "cuda" and torch.cuda.device_count() >= local_world
-        else "gloo"
-    )
-
-
-def _configure_process(local_rank, local_world):
-    """On its own cores, with as many threads; numpy's random numbers its own, for forked ranks would all draw the same."""
-    warnings.filterwarnings(
-        "ignore", "This DataLoader will create"
-    )  # more loader workers than cores: to see what that does may be the lesson
-    threads = max(
-        1, machine.cores() // local_world
-    )  # asked before pinning, which changes the answer
+def _configure_process(local_rank: int, local_world: int) -> None:
+    """Pin the rank to its share of the cores, with as many threads, and seed numpy."""
+    # A lesson may use more loader workers than there are cores, to show what happens.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    threads = max(1, machine.cores() // local_world)  # Before pinning, which changes the count.
     techniques.pin_to_cores(local_rank, local_world)
     torch.set_num_threads(threads)
-    np.random.seed()
+    np.random.seed()  # Forked ranks would all draw the same numbers.
+
+
+def _after_fork(connection: Connection) -> None:
+    """In a loader worker, give up the rank's connection and print to the terminal.
+
+    An open copy of the connection would hide from the notebook that the rank was killed.
+    """
+    connection.close()
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+
+
+def _parent_has_ended(timeout: float | None = None) -> bool:
+    """Whether the notebook's process ends within `timeout` seconds; None: wait until it does."""
+    parent = multiprocessing.parent_process()
+    return parent is None or bool(multiprocessing.connection.wait([parent.sentinel], timeout))
+
+
+def _watch_parent(address: str) -> None:
+    """End with the notebook: a killed kernel cannot stop its ranks or remove their folder."""
+    _parent_has_ended()
+    if hasattr(os, "killpg"):
+        shutil.rmtree(Path(address).parent, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the notebook sends to each rank."""
+
+    call: bytes  # the pickled generator function and its arguments
+    env: dict[str, str]
+    cells: dict[str, tuple]  # linecache entries of notebook cells, for tracebacks
+    backend: str | None  # of the process group; None: there is none
+    folder: str  # of the run
+    timeout: float  # of a collective, in seconds
 
 
 class Channel:
-    """The connection, for several threads."""
+    """The connection to the notebook, shared by the threads of a rank."""
 
-    def __init__(self, connection):
-        self.connection, self.lock = connection, threading.Lock()
+    def __init__(self, connection: Connection, rank: int) -> None:
+        self.connection = connection
+        self.rank = rank
+        self.lock = threading.Lock()
 
-    def __call__(self, kind, content):
+    def send(self, kind: Kind, content: Any = None, **failure: str) -> None:
+        """Send a `Message`; end the process if the notebook no longer listens."""
+        message = Message(self.rank, kind, content, **failure)
         with self.lock:
             try:
-                self.connection.send((kind, content))
-            except (
-                OSError
-            ):  # the notebook has stopped us, or has gone: then the thread that watches it ends us
-                if multiprocessing.connection.wait(
-                    [multiprocessing.parent_process().sentinel], 0.2
-                ):
+                self.connection.send(message)
+            except OSError:
+                # The notebook stopped the run or is gone; if gone, _watch_parent ends this process.
+                if _parent_has_ended(timeout=0.2):
                     time.sleep(10)
                 os._exit(1)
 
 
 class StdoutForwarder:
-    """Standard output of a rank: whole lines go to the notebook."""
+    """The standard output of a rank: sends complete lines to the notebook."""
 
-    def __init__(self, say):
-        self.say, self.rest, self.lock = say, "", threading.RLock()
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.rest = ""  # an incomplete line
+        self.lock = threading.RLock()
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         with self.lock:
             *lines, self.rest = (self.rest + text).split("\n")
             for line in lines:
-                self.say("print", line)
+                self.channel.send("print", line)
         return len(text)
 
-    def flush(self):
+    def flush(self) -> None:
         with self.lock:
             if self.rest:
                 self.write("\n")
 
-    def isatty(self):
+    def isatty(self) -> bool:
         return False
-
-
-def _after_fork(connection):
-    """In a loader worker: it would keep the line open when its rank is killed, and what it prints would get into the rank's words."""
-    connection.close()
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-
-
-def _watch_parent(address):
-    """End with the notebook: without this, a killed kernel would leave its ranks, and its folder, behind."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    if isinstance(address, str):
-        shutil.rmtree(Path(address).parent, ignore_errors=True)
-    os.killpg(0, signal.SIGKILL) if hasattr(os, "killpg") else os._exit(1)
