@@ -153,9 +153,7 @@ def _find_compiler() -> str | None:
     return None
 
 
-def _missing(
-    hardware: dict[str, bool], gpus: tuple[str, ...], compiler: str | None
-) -> dict[str, str]:
+def _missing(hardware: dict[str, bool], gpus: tuple[str, ...], compiler: str | None) -> dict:
     """{missing capability: what it would take}."""
     import torch
 

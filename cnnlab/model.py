@@ -68,9 +68,7 @@ class SmallCNN(nn.Sequential):
     (N, channels, size, size) -> logits (N, classes). `size` must be a multiple of 4.
     """
 
-    def __init__(
-        self, channels: int = 3, size: int = 32, classes: int = 10, width: int = 16
-    ) -> None:
+    def __init__(self, channels: int = 3, size: int = 32, classes: int = 10, width: int = 16):
         w = width
         stages: OrderedDict[str, nn.Module] = OrderedDict(
             stage1=nn.Sequential(nn.Conv2d(channels, w, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -86,9 +84,7 @@ class ResNet9(nn.Sequential):
     (N, channels, size, size) -> logits (N, classes). `size` must be a multiple of 8.
     """
 
-    def __init__(
-        self, channels: int = 3, size: int = 32, classes: int = 10, width: int = 32
-    ) -> None:
+    def __init__(self, channels: int = 3, size: int = 32, classes: int = 10, width: int = 32):
         w = width
         stages: OrderedDict[str, nn.Module] = OrderedDict(
             stem=conv_block(channels, w),

@@ -21,15 +21,8 @@ Compiler = Literal["eager", "inductor", "inductor-except-pool"]
 Strategy = Literal["ddp", "ring", "local-sgd", "async"]
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
 
-# Every other number must be above 0.
-ZERO_ALLOWED = {
-    "warmup_steps",
-    "loader_workers",
-    "seed",
-    "staleness",
-    "latency_ms",
-    "straggler_ms",
-}
+# All other numbers must be above 0.
+ZERO_ALLOWED = {"warmup_steps", "loader_workers", "seed", "staleness", "latency_ms", "straggler_ms"}
 DDP_ONLY_DEFAULTS = {"compression": "none", "bucket_mb": None, "accumulate": 1}
 
 
@@ -45,40 +38,27 @@ def format_changes(a: "Recipe", b: "Recipe") -> str:
     return label or "unchanged"
 
 
-def allowed_choices(name: str) -> tuple[str | None, ...]:
-    """The values that a `Literal` field allows; empty for numbers and flags."""
-    kind, optional = _split_optional(FIELD_TYPES[name])
-    if get_origin(kind) is not Literal:
-        return ()
-    choices = get_args(kind)
-    return (None, *choices) if optional else choices
-
-
-def _split_optional(hint: Any) -> tuple[Any, bool]:
-    """(int, True) for `int | None`, and (int, False) for `int`."""
-    members = get_args(hint)
-    return (members[0], True) if NoneType in members else (hint, False)
-
-
 def _check_field(name: str, value: Any) -> None:
     """Raise `CnnlabError` if `value` does not fit the type of the field `name`."""
-    kind, optional = _split_optional(FIELD_TYPES[name])
-    if value is None and optional:
+    kind = FIELD_TYPES[name]
+    optional = NoneType in get_args(kind)
+    if optional and value is None:
         return
+    if optional:
+        kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
-        _check_choice(name, value)
-    elif kind is bool:
-        if not isinstance(value, bool):
-            raise CnnlabError(f"{name}={value!r} is not allowed. Use True or False.")
-    else:
+        choices = get_args(kind)
+        _check_choice(name, value, (None, *choices) if optional else choices)
+    elif kind in (int, float):
         _check_number(name, value, kind)
+    elif not isinstance(value, bool):
+        raise CnnlabError(f"{name}={value!r} is not allowed. Use True or False.")
 
 
-def _check_choice(name: str, value: Any) -> None:
-    allowed = allowed_choices(name)
+def _check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         hint = _suggest(str(value), [choice for choice in allowed if choice])
-        names = ", ".join(str(choice) for choice in allowed)
+        names = ", ".join(map(str, allowed))
         raise CnnlabError(f"{name}={value!r} is not allowed. Choose one of {names}.{hint}")
 
 
@@ -263,6 +243,3 @@ class Recipe:
 
 
 FIELD_TYPES = get_type_hints(Recipe)
-
-# Used by cli.py until tyro builds the options.
-CHOICES = {name: allowed_choices(name) for name in FIELD_TYPES if allowed_choices(name)}

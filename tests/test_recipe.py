@@ -6,9 +6,23 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from cnnlab.recipe import CnnlabError, Recipe, allowed_choices, changes, format_changes
+from cnnlab.recipe import CnnlabError, Recipe, changes, format_changes
 
-CHOICES = {f.name: allowed_choices(f.name) for f in fields(Recipe) if allowed_choices(f.name)}
+CHOICES = {
+    "model": ["SmallCNN", "ResNet9", "VGG16", "VGG19"],
+    "data": ["digits", "fashion-mnist", "cifar10", "synthetic", "photos"],
+    "augment": ["none", "shift", "crop"],
+    "optimizer": ["sgd", "adam"],
+    "schedule": ["constant", "cosine"],
+    "device": ["cpu", "cuda"],
+    "loader": ["sample", "batch"],
+    "precision": ["fp32", "tf32", "bf16", "fp16"],
+    "memory_format": ["contiguous", "channels_last"],
+    "pooling": ["after-relu", "before-relu"],
+    "compiler": ["eager", "inductor", "inductor-except-pool"],
+    "strategy": [None, "ddp", "ring", "local-sgd", "async"],
+    "compression": ["none", "fp16", "bf16", "powersgd"],
+}
 
 
 def test_the_defaults_are_valid_and_frozen():
@@ -50,11 +64,6 @@ def test_missing_fields_take_their_defaults():
 def test_every_choice_is_accepted(name, value):
     needed = {"tf32": {"device": "cuda"}, "crop": {"data": "photos"}}.get(value, {})
     assert getattr(Recipe(**{name: value, **needed}), name) == value
-
-
-def test_an_optional_choice_allows_none():
-    assert allowed_choices("strategy") == (None, "ddp", "ring", "local-sgd", "async")
-    assert allowed_choices("device") == ("cpu", "cuda")
 
 
 def test_replace_changes_only_the_named_fields():
@@ -147,7 +156,8 @@ def test_an_unknown_choice_is_rejected_with_all_allowed_values(name):
     with pytest.raises(CnnlabError) as raised:
         Recipe(**{name: "nonsense"})
     assert f"{name}='nonsense'" in str(raised.value)
-    assert all(str(allowed) in str(raised.value) for allowed in CHOICES[name])
+    allowed = ", ".join(str(choice) for choice in CHOICES[name])
+    assert f"Choose one of {allowed}." in str(raised.value)
 
 
 @pytest.mark.parametrize("value", [None, 3, True, ["SmallCNN"]], ids=repr)

@@ -1,31 +1,16 @@
-"""The images: where they come from, how they reach memory, how each rank gets its part of every batch."""
+"""The images: data sets, photographs as files, and the loader that divides batches among ranks."""
 
-from cnnlab.data.datasets import (
-    ImageSplits,
-    cifar10,
-    digits,
-    download,
-    fashion_mnist,
-    load,
-    num_steps,
-    synthetic,
-)
-from cnnlab.data.loader import RankBatchSampler, random_shifts, shift_images, train_loader
+from cnnlab.data.datasets import cifar10, digits, fashion_mnist, load, synthetic
+from cnnlab.data.loader import train_loader
 from cnnlab.data.photos import PhotoDataset, photo_folder
 
 __all__ = [
-    "ImageSplits",
     "PhotoDataset",
-    "RankBatchSampler",
     "cifar10",
     "digits",
-    "download",
     "fashion_mnist",
     "load",
-    "num_steps",
     "photo_folder",
-    "random_shifts",
-    "shift_images",
     "synthetic",
     "train_loader",
 ]

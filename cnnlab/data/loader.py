@@ -1,103 +1,107 @@
-"""The images: where they come from, how they reach memory, and how each rank gets its share of every batch."""
+"""How images reach each rank: shuffled global batches, divided among the ranks."""
 
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from cnnlab.data.photos import PhotoDataset
+from cnnlab.recipe import Recipe
 
 
-class RankBatchSampler(torch.utils.data.Sampler):
-    """Shuffled global batches, of which this rank gets every `world`-th image. Each iteration is an epoch.
+def train_loader(
+    recipe: Recipe,
+    dataset: TensorDataset | PhotoDataset,
+    rank: int = 0,
+    world: int = 1,
+    **limits: Any,
+) -> DataLoader:
+    """Training batches (images, labels), shuffled as by `DataLoader(shuffle=True)` with the seed.
 
-    All ranks draw the same order from the same seed, so that N ranks together see exactly the batches that one
-    process would see. The last, short batch is left out: every step has the same number of images. The first `first`
-    batches are passed over, and after `steps` there are no more. With `deal` (`SharedParameters.deal`) the ranks' parts
-    go to whichever rank asks first.
-    """
-
-    def __init__(
-        self, dataset, batch_size, generator, rank=0, world=1, first=0, steps=None, deal=None
-    ):
-        self.batches = BatchSampler(
-            RandomSampler(dataset, generator=generator), batch_size, drop_last=True
-        )
-        self.generator, self.rank, self.world, self.first, self.steps, self.deal, self.step = (
-            generator,
-            rank,
-            world,
-            first,
-            steps,
-            deal,
-            0,
-        )
-
-    def __iter__(self):
-        torch.empty((), dtype=torch.int64).random_(
-            generator=self.generator
-        )  # drawn by a plain DataLoader too, for its loader workers
-        before = self.step
-        batches = self.batches if self.steps is None else islice(self.batches, self.steps - before)
-        if self.deal:
-            batches = list(batches)
-            self.step += len(batches)
-            yield from (
-                batches[ticket // self.world][ticket % self.world :: self.world]
-                for ticket in self.deal(len(batches) * self.world)
-            )
-            return
-        for self.step, batch in enumerate(batches, start=before + 1):
-            if self.step > self.first:
-                yield batch[self.rank :: self.world]
-
-    def __len__(self):
-        return len(self.batches)
-
-
-def train_loader(recipe, dataset, rank=0, world=1, **limits):
-    """Training batches of (images, labels), in the order that `DataLoader(shuffle=True, generator=seed)` gives.
-
-    `limits`: `first`, `steps`, `deal` of `RankBatchSampler`.
+    `limits`: `first`, `steps`, and `claim_batches` of `RankBatchSampler`.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     batches = RankBatchSampler(dataset, recipe.batch_size, generator, rank, world, **limits)
-    own = torch.Generator().manual_seed(
-        recipe.seed
-    )  # loader workers that persist would draw once, others once an epoch
-    common = dict(
-        num_workers=recipe.loader_workers,
-        generator=own,
-        pin_memory=recipe.device == "cuda",
-        persistent_workers=recipe.loader_workers > 0,
-    )
-    if recipe.loader == "batch" and not isinstance(
-        dataset, PhotoDataset
-    ):  # the list of indices goes to the tensors as one index; files come one by one
-        return DataLoader(_BatchIndexed(dataset), sampler=batches, batch_size=None, **common)
-    return DataLoader(dataset, batch_sampler=batches, **common)
+    options: dict[str, Any] = {
+        "num_workers": recipe.loader_workers,
+        # Not the sampler's: how often a loader draws depends on its workers.
+        "generator": torch.Generator().manual_seed(recipe.seed),
+        "pin_memory": recipe.device == "cuda",
+        "persistent_workers": recipe.loader_workers > 0,
+    }
+    if recipe.loader == "batch" and not isinstance(dataset, PhotoDataset):
+        return DataLoader(_BatchIndexed(dataset), sampler=batches, batch_size=None, **options)
+    return DataLoader(dataset, batch_sampler=batches, **options)
 
 
-def random_shifts(seed, most=2):
-    """Yield a move of up to `most` pixels along each axis for every step, the same in all ranks."""
+def random_shifts(seed: int, most: int = 2) -> Iterator[list[int]]:
+    """Endless shifts [y, x] of up to `most` pixels, one per step, the same in all ranks."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield torch.randint(-most, most + 1, (2,), generator=generator).tolist()
 
 
-def shift_images(images, shift):
-    """The batch moved by `shift` pixels along each axis, around the edge: a digit stays a digit when it moves."""
+def shift_images(images: Tensor, shift: list[int]) -> Tensor:
+    """The batch (N, channels, size, size), shifted by [y, x] pixels and wrapped around the edge."""
     return images.roll(shift, dims=(2, 3))
 
 
-class _BatchIndexed(Dataset):
-    """Lets one index stand for a whole batch: dataset[[3, 1, 4]] is three images and three labels."""
+@dataclass(eq=False)
+class RankBatchSampler:
+    """The indices of this rank's share of each shuffled global batch. One iteration is one epoch.
 
-    def __init__(self, dataset):
+    All ranks shuffle with the same seed and take every `world`-th index, so N ranks together see
+    exactly the batches of one process. The last, incomplete batch of an epoch is dropped.
+    """
+
+    dataset: TensorDataset | PhotoDataset
+    batch_size: int
+    generator: torch.Generator
+    rank: int = 0
+    world: int = 1
+    first: int = 0  # batches to skip
+    steps: int | None = None  # batches in all epochs together
+    # With `SharedParameters.claim_batches`, each share goes to the rank that claims it first.
+    claim_batches: Callable[[int], Iterable[int]] | None = None
+
+    def __post_init__(self) -> None:
+        shuffled = RandomSampler(self.dataset, generator=self.generator)
+        self.batches = BatchSampler(shuffled, self.batch_size, drop_last=True)
+        self.step = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # A plain DataLoader draws this number from the same generator to seed its workers.
+        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+        left = None if self.steps is None else self.steps - self.step
+        batches = islice(self.batches, left)
+        if self.claim_batches:
+            epoch = list(batches)
+            self.step += len(epoch)
+            for share in self.claim_batches(len(epoch) * self.world):
+                number, rank = divmod(share, self.world)
+                yield epoch[number][rank :: self.world]
+            return
+        for batch in batches:
+            self.step += 1
+            if self.step > self.first:
+                yield batch[self.rank :: self.world]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _BatchIndexed(Dataset):
+    """A data set that takes a list of indices: dataset[[3, 1, 4]] is (3 images, 3 labels)."""
+
+    def __init__(self, dataset: TensorDataset) -> None:
         self.dataset = dataset
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, indices):
+    def __getitem__(self, indices: list[int]) -> Any:
         return self.dataset[torch.as_tensor(indices)]

@@ -1,8 +1,8 @@
-"""Photographs as files: made once and whole, decoded rightly, in training."""
+"""Photographs as files: created once, decoded correctly, and used in training."""
 
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from PIL import Image
 
 from cnnlab import plots
 from cnnlab.data import datasets, photos
-from cnnlab.events import Evaluated, Finished
+from cnnlab.events import Finished
 from cnnlab.launch.launcher import ranks, run
 from cnnlab.recipe import CnnlabError, Recipe
 
@@ -20,7 +20,7 @@ FEW = Recipe(data="photos", images=96, image_size=32, batch_size=12, epochs=2, t
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """One data folder for all tests, so that most photographs are made once."""
+    """One data folder for all tests, so that most photographs are created once."""
     folder = tmp_path_factory.getbasetemp() / "photographs"
     monkeypatch.setenv("CNNLAB_DATA", str(folder))
     return folder
@@ -30,7 +30,7 @@ def losses(recipe):
     return plots.loss_curve(list(run(recipe)))[1]
 
 
-def test_the_folder_has_so_many_jpegs_of_that_size_in_two_classes():
+def test_the_folder_has_the_requested_jpegs_in_two_classes():
     folder = photos.photo_folder(24, size=64)
     files = sorted(folder.glob("*/*.jpg"))
     assert len(files) == 24 and {path.parent.name for path in files} == {"china", "flower"}
@@ -39,25 +39,26 @@ def test_the_folder_has_so_many_jpegs_of_that_size_in_two_classes():
             assert (picture.format, picture.size, picture.mode) == ("JPEG", (64, 64), "RGB")
 
 
-def test_it_is_made_once_even_when_several_ask(cache):
-    made = []
-    threads = [
-        threading.Thread(target=lambda: made.append(photos.photo_folder(16, size=32)))
-        for _ in range(4)
-    ]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert len(set(made)) == 1 and len(list(made[0].glob("*/*.jpg"))) == 16
-    assert not [
-        path for path in cache.iterdir() if path.name.startswith("photos-16-32-")
-    ]  # what the slower ones made is gone
-    times = {path: path.stat().st_mtime_ns for path in made[0].glob("*/*.jpg")}
-    assert photos.photo_folder(16, size=32) == made[0]
-    assert times == {path: path.stat().st_mtime_ns for path in made[0].glob("*/*.jpg")}
+def modification_times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*/*.jpg")}
 
 
-def test_a_photograph_is_decoded_to_a_normalised_tensor_with_its_class():
+def test_concurrent_requests_create_one_folder(cache):
+    with ThreadPoolExecutor(4) as pool:
+        created = list(pool.map(lambda _: photos.photo_folder(16, size=32), range(4)))
+    [folder] = set(created)
+    times = modification_times(folder)
+    assert len(times) == 16
+    leftovers = [path for path in cache.iterdir() if path.name.startswith("photos-16-32-")]
+    assert not leftovers
+    assert photos.photo_folder(16, size=32) == folder
+    assert modification_times(folder) == times
+
+
+def test_a_photograph_is_decoded_to_a_normalized_tensor_with_its_class():
     train, test = photos.photo_datasets(96, 32, False)
-    assert (len(train), len(test)) == (84, 12) and not set(train.files) & set(test.files)
+    assert (len(train), len(test)) == (84, 12)
+    assert not set(train.files) & set(test.files)
     for dataset in (train, test):
         image, label = dataset[3]
         assert image.shape == (3, 32, 32) and image.dtype == torch.float32
@@ -67,29 +68,27 @@ def test_a_photograph_is_decoded_to_a_normalised_tensor_with_its_class():
         assert photos.PHOTO_CLASSES[label] == dataset.files[3].parent.name
 
 
-def test_augmented_photographs_differ_each_time_and_plain_ones_never():
-    plain, augmented = (photos.photo_datasets(96, 32, augment)[0] for augment in (False, True))
+def test_only_augmented_photographs_differ_between_accesses():
+    plain, _ = photos.photo_datasets(96, 32, augment=False)
+    augmented, _ = photos.photo_datasets(96, 32, augment=True)
     assert torch.equal(plain[0][0], plain[0][0])
     assert not torch.equal(augmented[0][0], augmented[0][0])
+
+
+def test_random_crops_are_squares_of_all_sizes_within_the_image():
     torch.manual_seed(1)
     boxes = [photos.random_crop_box((300, 200)) for _ in range(500)]
-    assert all(
-        0 <= left < right <= 300
-        and 0 <= top < bottom <= 200
-        and right - left == bottom - top >= 100
-        for left, top, right, bottom in boxes
-    )
-    assert (
-        len({box[0] for box in boxes}) > 100
-        and max(right - left for left, _, right, _ in boxes) > 190
-    )
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= 300
+        assert 0 <= top < bottom <= 200
+        assert right - left == bottom - top >= 100
+    assert len({left for left, *_ in boxes}) > 100
+    assert max(right - left for left, _, right, _ in boxes) > 190
 
 
-def test_augment_crop_reaches_the_files():
-    assert (
-        datasets.load(FEW.replace(augment="crop")).train.augment
-        and not datasets.load(FEW).train.augment
-    )
+def test_the_recipe_decides_whether_photographs_are_cropped():
+    assert datasets.load(FEW.replace(augment="crop")).train.augment
+    assert not datasets.load(FEW).train.augment
 
 
 @pytest.mark.parametrize(
@@ -102,34 +101,34 @@ def test_augment_crop_reaches_the_files():
     ],
     ids=str,
 )
-def test_the_losses_are_the_same_however_the_files_are_loaded(options):
+def test_the_losses_do_not_depend_on_the_loader(options):
     assert np.allclose(losses(FEW.replace(**options)), losses(FEW), rtol=0, atol=1e-4)
 
 
-def test_training_learns_to_tell_the_photographs_apart():
+def test_training_learns_the_two_classes():
     events = list(run(FEW.replace(epochs=8, augment="crop")))
-    assert [event.accuracy for event in events if isinstance(event, Evaluated)][-1] >= 0.8
-    assert [event for event in events if isinstance(event, Finished)][0].waiting_s > 0
+    [finished] = [event for event in events if isinstance(event, Finished)]
+    assert finished.accuracy >= 0.8
+    assert finished.waiting_s > 0
 
 
-def test_crop_elsewhere_is_refused():
+def test_crops_of_other_data_are_rejected():
     with pytest.raises(CnnlabError, match="augment='crop' needs data='photos'"):
         Recipe(augment="crop")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_photograph_is_named_with_its_mend(workers):
+def test_a_damaged_photograph_is_named_with_a_fix(workers):
     folder = photos.photo_folder(48)
-    victim = sorted(folder.glob("*/*.jpg"))[
-        0 if sorted(folder.glob("*/*.jpg"))[0].name != "000000.jpg" else 1
-    ]
-    whole = victim.read_bytes()
+    damaged = folder / "flower" / "000001.jpg"  # a training image: every 8th is held out
+    content = damaged.read_bytes()
+    recipe = FEW.replace(images=48, loader_workers=workers, evaluate=False)
     try:
-        victim.write_bytes(whole[:200])
-        with pytest.raises(Exception, match=f"{victim.name} cannot be read.*Delete its folder"):
-            list(run(FEW.replace(images=48, loader_workers=workers, evaluate=False)))
+        damaged.write_bytes(content[:200])
+        with pytest.raises(CnnlabError, match="000001.jpg cannot be read.*Delete its folder"):
+            list(run(recipe))
     finally:
-        victim.write_bytes(whole)
+        damaged.write_bytes(content)
 
 
 def test_missing_photographs_are_counted():
@@ -139,36 +138,24 @@ def test_missing_photographs_are_counted():
         datasets.load(FEW.replace(images=40))
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+def test_an_unwritable_folder_is_reported(tmp_path, monkeypatch):
     (tmp_path / "a file").touch()
     monkeypatch.setenv("CNNLAB_DATA", str(tmp_path / "a file"))
-    with pytest.raises(CnnlabError, match="cannot write photographs to.*CNNLAB_DATA"):
+    with pytest.raises(CnnlabError, match="cannot write .*CNNLAB_DATA"):
         photos.photo_folder(8)
 
 
 def test_the_command_line_trains_on_photographs(cache):
-    command = [
-        sys.executable,
-        "-m",
-        "cnnlab",
-        "train",
-        "--data",
-        "photos",
-        "--images",
-        "96",
-        "--batch-size",
-        "12",
-        "--augment",
-        "crop",
-        "--loader-workers",
-        "1",
-    ]
+    options = "--data photos --images 96 --batch-size 12 --augment crop --loader-workers 1"
+    command = [sys.executable, "-m", "cnnlab", "train", *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "84 images to train on, 12 held out" in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert "84 images to train on, 12 held out" in done.stdout
 
 
-def test_ranks_read_the_data_folder_that_is_set_now(tmp_path, monkeypatch):
-    """The process that they are forked from has been there for long."""
+def test_ranks_use_the_current_data_folder(tmp_path, monkeypatch):
+    """The process that they are forked from was started with an earlier environment."""
     list(run(Recipe(batch_size=64, steps=3)))
     monkeypatch.setenv("CNNLAB_DATA", str(tmp_path))
-    assert ranks(lambda: str(photos.photo_folder(8, size=32)), 1) == [str(tmp_path / "photos-8-32")]
+    [folder] = ranks(lambda: str(photos.photo_folder(8, size=32)), 1)
+    assert folder == str(tmp_path / "photos-8-32")
