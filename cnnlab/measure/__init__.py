@@ -1,1 +1,1 @@
-"""Honest measurements: timers, comparisons, peaks, profiles, the ladder, scaling laws."""
+"""Measuring speed: one timer, comparisons, peaks, profiles, the ladder, scaling laws."""

@@ -1,21 +1,72 @@
-"""Instruments for measuring a device: functions timed in turn, CUDA graphs, a training step to hold on to, the memory that it takes."""
+"""The one timer: functions run interleaved; figures are medians with quartiles."""
 
 import gc
-import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from timeit import default_timer
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.benchmark import timer
 
-from cnnlab.training import clock, techniques
+from cnnlab.training import techniques
 
-WARMUP_CALLS = 3  # steps before a CUDA graph is recorded, and before a GPU is timed: they allocate, and choose algorithms
+WARMUP_CALLS = 3  # on a GPU, before timing and graph capture: they allocate and choose algorithms
+
+
+def time_call(function: Callable[[], Any], calls: int = 1) -> tuple[float, float]:
+    """Mean seconds of one of `calls` calls: (until it returned, until the device finished)."""
+    start = timer()  # synchronizes first: earlier work may still be running
+    for _ in range(calls):
+        function()
+    returned = default_timer()
+    finished = timer()  # synchronizes first: a GPU works on after the call has returned
+    return (returned - start) / calls, (finished - start) / calls
+
+
+def benchmark_interleaved(
+    functions: Mapping[str, Callable[[], Any]],
+    device: str,
+    repeats: int,
+    calls: int = 1,
+    seconds: float = 30.0,
+) -> dict[str, dict[str, Any]]:
+    """Time functions in the order A B A B ..., each repeat as the mean of `calls` calls.
+
+    Returns {name: figures}, in seconds per call: `median`, `q1`, `q3` and `n` of the repeats,
+    `returned_s` (the median until the call returned) and `first_s` (the first call, which may
+    compile). No third or later repeat starts after `seconds`. A function that raises during its
+    warm-up gets {"failed": message}; the others are still timed.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
+    for name, function in functions.items():
+        try:
+            figures[name] = {"first_s": time_call(function)[1]}
+            if device == "cuda":
+                time_call(function, WARMUP_CALLS)
+            times[name] = []
+        except Exception as error:
+            figures[name] = describe_failure(error)
+    start = default_timer()
+    for repeat in range(repeats):
+        if repeat >= 2 and default_timer() - start >= seconds:
+            break
+        for name in times:
+            times[name].append(time_call(functions[name], calls))
+    for name in times:
+        returned, finished = np.transpose(times[name])
+        q1, median, q3 = np.percentile(finished, (25, 50, 75)).tolist()
+        figures[name] |= {"median": median, "q1": q1, "q3": q3, "n": len(finished)}
+        figures[name]["returned_s"] = float(np.median(returned))
+    return figures
 
 
 @contextmanager
-def benchmark_mode():
-    """As a decorator: fp32 means fp32, cuDNN tries its algorithms out; afterwards all is as before, and the GPU's memory free again."""
-    torch.compiler.reset()  # else a shape that differs from an earlier one is compiled for any shape, and slower
+def benchmark_mode() -> Iterator[None]:
+    """Turn TF32 off and cuDNN's autotuning on; afterwards restore both and free GPU memory."""
+    torch.compiler.reset()  # else shapes that differ from earlier ones compile as dynamic: slower
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     techniques.set_tf32(False)
@@ -29,83 +80,44 @@ def benchmark_mode():
             torch.cuda.empty_cache()
 
 
-def cuda_graphed(step):
-    """step() as one CUDA graph, recorded at the first call: one launch for all its kernels. What it returns lies at the same place each time.
+def cuda_graphed(step: Callable[[], Any]) -> Callable[[], Any]:
+    """`step` as a CUDA graph, captured at the first call: one launch for all its kernels.
 
-    After "Whole-network capture" in the CUDA notes of PyTorch's documentation.
+    Each call overwrites the result of the one before. See "Whole-network capture" in the CUDA
+    semantics notes of PyTorch's documentation.
     """
-    graph, recorded = torch.cuda.CUDAGraph(), []
+    graph = torch.cuda.CUDAGraph()
+    captured: list[Any] = []
 
-    def replay():
-        if not recorded:
-            side = torch.cuda.Stream()  # warm-up must not run on the default stream
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARMUP_CALLS):
-                    step()
-            torch.cuda.current_stream().wait_stream(side)
-            before = torch.cuda.current_stream()
-            try:
-                with torch.cuda.graph(graph):
-                    recorded.append(step())
-            finally:
-                torch.cuda.set_stream(before)  # a recording that fails leaves its own
+    def replay() -> Any:
+        if not captured:
+            captured.append(_capture(graph, step))
         graph.replay()
-        return recorded[0]
+        return captured[0]
 
     return replay
 
 
-def benchmark_interleaved(ways, device, repeats, calls=1, seconds=30.0):
-    """Time each of {way: function} in turn, A B A B ...: {way: seconds of a call}, as median, q1, q3, n; until it returned (returned_s).
-
-    The first call, which may compile (first_s), and some more come before. After `seconds` no third round or later begins. What
-    raises an error in its first calls becomes {"failed": ...}.
-    """
-    found, times = {}, {}
-    for way, function in ways.items():
-        try:
-            warm = [
-                time_call(function, device) for _ in range(1 + WARMUP_CALLS * (device == "cuda"))
-            ]
-            found[way], times[way] = {"first_s": warm[0][1]}, []
-        except Exception as error:
-            found[way] = describe_failure(error)
-    began = time.perf_counter()
-    for repeat in range(repeats):
-        if repeat < 2 or time.perf_counter() - began < seconds:
-            for way, each in times.items():
-                each.append(time_call(ways[way], device, calls))
-    for way, each in times.items():
-        returned, done = np.transpose(each)
-        q1, median, q3 = np.percentile(done, (25, 50, 75)).tolist()
-        found[way] |= {
-            "median": median,
-            "q1": q1,
-            "q3": q3,
-            "n": len(done),
-            "returned_s": float(np.median(returned)),
-        }
-    return found
+def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """The norm of the difference, relative to the norm of `exact`."""
+    result, exact = result.detach().double().cpu(), exact.detach().double().cpu()
+    return float((result - exact).norm() / exact.norm())
 
 
-def time_call(function, device, calls=1):
-    """Seconds of one of `calls` calls: (until it returned, until the device had done it)."""
-    device = torch.device(device)
-    clock.synchronize(device)  # what was asked before may still be running
-    began = time.perf_counter()
-    for _ in range(calls):
-        function()
-    returned = time.perf_counter() - began
-    clock.synchronize(device)
-    return returned / calls, (time.perf_counter() - began) / calls
-
-
-def relative_error(got, exact):
-    """The distance of two tensors, as a share of the second's length."""
-    got, exact = got.detach().double().cpu(), exact.detach().double().cpu()
-    return float((got - exact).norm() / exact.norm())
-
-
-def describe_failure(error):
+def describe_failure(error: Exception) -> dict[str, str]:
+    """{"failed": message}, on one line and at most 300 characters long."""
     return {"failed": f"{type(error).__name__}: " + " ".join(str(error).split())[:300]}
+
+
+def _capture(graph: torch.cuda.CUDAGraph, step: Callable[[], Any]) -> Any:
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):  # warm-up must not run on the default stream
+        for _ in range(WARMUP_CALLS):
+            step()
+    main.wait_stream(side)
+    try:
+        with torch.cuda.graph(graph):
+            return step()
+    finally:
+        torch.cuda.set_stream(main)  # a capture that fails leaves its own stream current

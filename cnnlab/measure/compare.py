@@ -1,6 +1,9 @@
-"""Honest speedups: interleaved repeats, medians with spread, confidence intervals, and a refusal of unfair pairs."""
+"""Comparing recipes: interleaved runs, medians with quartiles, confidence intervals, fair pairs."""
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -28,35 +31,30 @@ TECHNIQUE_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The speed of one recipe: images/s of each repeat, in the order in which they ran."""
+    """The throughput of one recipe: images/s of each repeat, in the order in which they ran."""
 
     name: str
     recipe: Recipe
     images_per_s: tuple[float, ...] = ()
-    compile_s: float | None = (
-        None  # of the first repeat, above what its warm-up steps take once compiled
-    )
+    compile_s: float | None = None  # the first repeat's warm-up beyond the time of its steps
     peak_memory_mib: float | None = None
     accuracy: float | None = None  # held out, after the recipe's steps
 
     @property
-    def quartiles(self):
+    def quartiles(self) -> tuple[float, float, float]:
         """(first quartile, median, third quartile) of images/s."""
-        return tuple(float(q) for q in np.percentile(self.images_per_s, (25, 50, 75)))
+        q1, median, q3 = np.percentile(self.images_per_s, (25, 50, 75)).tolist()
+        return q1, median, q3
 
-    def add(self, finished):
-        """With the figures of one more repeat."""
+    def add(self, finished: Finished) -> "Measurement":
+        """The measurement with one more repeat."""
         compile_s = self.compile_s
         if compile_s is None:
-            compiled = self.recipe.compiler != "eager"
-            compile_s = (
-                max(0.0, finished.warmup_s - self.recipe.warmup_steps * finished.step_s)
-                if compiled
-                else 0.0
-            )
-        return Measurement(
-            name=self.name,
-            recipe=self.recipe,
+            steps_s = self.recipe.warmup_steps * finished.step_s
+            eager = self.recipe.compiler == "eager"
+            compile_s = 0.0 if eager else max(0.0, finished.warmup_s - steps_s)
+        return replace(
+            self,
             images_per_s=(*self.images_per_s, finished.images_per_s),
             compile_s=compile_s,
             peak_memory_mib=max(self.peak_memory_mib or 0.0, finished.peak_memory_mib),
@@ -66,7 +64,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Speedup:
-    """How many times faster than a named baseline, with its 95% confidence interval."""
+    """A speedup over the baseline of that name, with its 95% confidence interval."""
 
     value: float
     low: float
@@ -74,131 +72,134 @@ class Speedup:
     baseline: str
 
     @property
-    def significant(self):
-        """False when the interval holds 1: the two may be equally fast."""
+    def significant(self) -> bool:
+        """False when the interval contains 1: both may be equally fast."""
         return not self.low <= 1 <= self.high
 
-    def __str__(self):
-        interval = f"95% confidence {self.low:.2f} to {self.high:.2f}"
+    def __str__(self) -> str:
+        interval = f"95% CI {self.low:.2f} to {self.high:.2f}"
         if not self.significant:
             return f"no significant difference from {self.baseline} ({self.value:.2f}x, {interval})"
-        return f"{self.value:.2f}x {self.baseline} ({interval})"
+        if self.value < 1:
+            return f"slower than {self.baseline} ({self.value:.2f}x, {interval})"
+        return f"{self.value:.2f}x faster than {self.baseline} ({interval})"
 
 
-def speedup(baseline, other, paired=True):
-    """The `Speedup` of one `Measurement` over another, from the logarithms of their images/s (Student's t).
+def speedup(baseline: Measurement, other: Measurement, paired: bool = True) -> Speedup:
+    """The `Speedup` of `other` over `baseline`: Student's t on the logarithms of their images/s.
 
-    `paired`: the two ran in turn, so that the n-th repeats share whatever else the machine was doing, and only the ratio
-    of each pair counts; otherwise Welch's test for unequal variances. With fewer than two repeats the interval
-    is unbounded: one run proves nothing.
+    `paired`: the two ran interleaved, so that repeat n of both met the same conditions, and only
+    the ratio within each pair counts. Otherwise Welch's test for unequal variances. The interval
+    is unbounded for fewer than two repeats.
     """
     a, b = np.log(baseline.images_per_s), np.log(other.images_per_s)
     if paired and len(a) != len(b):
         raise CnnlabError(
-            f"{baseline.name} has {len(a)} repeats and {other.name} {len(b)}: pairs need as many of each; take paired=False."
+            f"{baseline.name} has {len(a)} repeats and {other.name} {len(b)}, but pairs need "
+            "equally many. Use paired=False."
         )
-    value = float(np.exp((b - a).mean() if paired else b.mean() - a.mean()))
+    mean = (b - a).mean() if paired else b.mean() - a.mean()
+    low, high = _confidence_interval(a, b, paired)
+    value, low, high = (float(np.exp(x)) for x in (mean, low, high))
+    return Speedup(value=value, low=low, high=high, baseline=baseline.name)
+
+
+def _confidence_interval(a: np.ndarray, b: np.ndarray, paired: bool) -> tuple[float, float]:
+    """The 95% confidence interval of the mean of b - a."""
     if min(len(a), len(b)) < 2:
-        return Speedup(value=value, low=0.0, high=float("inf"), baseline=baseline.name)
+        return -np.inf, np.inf
     from scipy import stats
 
-    if paired:
-        mean, error, freedom = (b - a).mean(), stats.sem(b - a), len(a) - 1
-        interval = stats.t.interval(0.95, freedom, mean, error) if error else (mean, mean)
-    else:
+    if not paired:
         interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-    return Speedup(
-        value=value,
-        low=float(np.exp(interval[0])),
-        high=float(np.exp(interval[1])),
-        baseline=baseline.name,
-    )
+        return interval.low, interval.high
+    mean, error = (b - a).mean(), stats.sem(b - a)
+    if error == 0:
+        return mean, mean
+    return stats.t.interval(0.95, len(a) - 1, mean, error)
 
 
-def confounders(recipes, technique=TECHNIQUE_FIELDS):
-    """What differs among the recipes beside the technique's fields: {field: its values}. Empty for a fair comparison.
+def confounders(
+    recipes: Sequence[Recipe], technique: Iterable[str] = TECHNIQUE_FIELDS
+) -> dict[str, list[Any]]:
+    """What differs among the recipes besides the technique's fields: {field: its values}.
 
-    Whether they evaluate is no difference: that is not timed.
+    Empty for a fair comparison. `evaluate` may differ, because evaluation is not timed.
     """
-    first, *others = recipes
-    names = {
-        name: None
-        for other in others
-        for name in changes(first, other)
-        if name not in (*technique, "evaluate")
-    }  # in order, once
-    return {
-        name: list(dict.fromkeys(getattr(recipe, name) for recipe in recipes)) for name in names
-    }
+    ignored = {*technique, "evaluate"}
+    found: dict[str, list[Any]] = {}
+    for other in recipes[1:]:
+        for name in changes(recipes[0], other):
+            if name not in ignored:
+                found[name] = list(dict.fromkeys(getattr(recipe, name) for recipe in recipes))
+    return found
 
 
 def measure_interleaved(
-    recipes, repeats=5, technique=TECHNIQUE_FIELDS, allow_confounders=False, stop=None, env=None
-):
-    """Run the recipes in turn, A B A B ..., and yield {name: Measurement} after each run, ever fuller.
+    recipes: Mapping[str, Recipe],
+    repeats: int = 5,
+    technique: Iterable[str] = TECHNIQUE_FIELDS,
+    allow_confounders: bool = False,
+    stop: threading.Event | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[dict[str, Measurement]]:
+    """Run the recipes in the order A B A B ... and yield {name: Measurement} after each run.
 
-    `recipes`: {name: Recipe}, the baseline first. Raises `CnnlabError` when anything but the technique's fields differs,
-    unless `allow_confounders`; plots then say what does. Only the first repeat evaluates: accuracy is not speed.
+    `recipes`: {name: Recipe}, the baseline first. Only the first repeat evaluates. Raises
+    `CnnlabError` if anything besides the technique's fields differs, unless `allow_confounders`.
     """
     from cnnlab.launch.launcher import run
 
     if not isinstance(repeats, int) or repeats < 1:
         raise CnnlabError(
-            f"repeats={repeats!r} is not allowed: it must be a whole number, 1 or more; a spread needs at least 2."
+            f"repeats={repeats!r} is not allowed. Use an integer of 1 or more; a spread needs 2."
         )
-    difference = confounders(list(recipes.values()), technique)
-    if difference and not allow_confounders:
-        said = "; ".join(
-            f"{name}: {', '.join(map(str, values))}" for name, values in difference.items()
-        )
+    differences = confounders(list(recipes.values()), technique)
+    if differences and not allow_confounders:
+        listed = [f"{name}: {', '.join(map(str, found))}" for name, found in differences.items()]
         raise CnnlabError(
-            f"this comparison would not be fair: beside the technique it changes {said}. Make these equal, or pass "
-            f"allow_confounders=True, and the plot will say so."
+            f"the comparison is not fair: besides the technique, {'; '.join(listed)} differ. "
+            "Make these equal, or use allow_confounders=True; plots then show the differences."
         )
     found = {name: Measurement(name=name, recipe=recipe) for name, recipe in recipes.items()}
     for repeat in range(repeats):
         for name, recipe in recipes.items():
-            ends = [
-                event
-                for event in run(
-                    recipe.replace(evaluate=recipe.evaluate and repeat == 0), stop, env
-                )
-                if isinstance(event, Finished)
-            ]
-            if len(ends) < recipe.replicas:  # stopped
+            evaluate = recipe.evaluate and repeat == 0
+            events = run(recipe.replace(evaluate=evaluate), stop, env)
+            finished = [event for event in events if isinstance(event, Finished)]
+            slowest = slowest_rank(finished)
+            if slowest is None or len(finished) < recipe.replicas:  # stopped
                 return
-            found[name] = found[name].add(slowest_rank(ends))
+            found[name] = found[name].add(slowest)
             yield dict(found)
 
 
-def compare(recipes, repeats=5, **options):
-    """The last word of `measure`, with a progress bar: {name: Measurement}."""
+def compare(
+    recipes: Mapping[str, Recipe], repeats: int = 5, **options: Any
+) -> dict[str, Measurement]:
+    """Measure the recipes with a progress bar: the last result of `measure_interleaved`."""
     from tqdm.auto import tqdm
 
-    bar = tqdm(
-        measure_interleaved(recipes, repeats, **options),
-        total=repeats * len(recipes),
-        desc="measuring",
-        leave=False,
-    )
-    return list(bar)[-1]
+    steps = measure_interleaved(recipes, repeats, **options)
+    latest: dict[str, Measurement] = {}
+    for found in tqdm(steps, total=repeats * len(recipes), desc="measuring", leave=False):
+        latest = found
+    return latest
 
 
-def slowest_rank(events):
-    """Of the ranks' `Finished` events that of the slowest, for a run is as fast as the last of its ranks; None where the run was stopped."""
-    return min(
-        (event for event in events if isinstance(event, Finished)),
-        key=lambda event: event.images_per_s,
-        default=None,
-    )
+def slowest_rank(events: Iterable[Any]) -> Finished | None:
+    """The `Finished` event of the slowest rank, which sets the pace; None for a stopped run."""
+    finished = [event for event in events if isinstance(event, Finished)]
+    return min(finished, key=lambda event: event.images_per_s, default=None)
 
 
-def speedup_table(measurements, baseline=None):
-    """The measurements as text, a line each; speedups over the first, or over the one named `baseline`."""
-    first = measurements[baseline] if baseline else next(iter(measurements.values()))
+def speedup_table(measurements: Mapping[str, Measurement], baseline: str | None = None) -> str:
+    """A line of text per measurement; speedups over `baseline`, or over the first."""
+    first = measurements[baseline or next(iter(measurements))]
     lines = [f"{'':24} {'images/s (IQR)':>24}  speedup"]
     for name, measurement in measurements.items():
         q1, median, q3 = measurement.quartiles
+        spread = f"{median:,.0f} ({q1:,.0f} to {q3:,.0f})"
         gain = "the baseline" if measurement is first else str(speedup(first, measurement))
-        lines.append(f"{name:24} {f'{median:,.0f} ({q1:,.0f} to {q3:,.0f})':>24}  {gain}")
+        lines.append(f"{name:24} {spread:>24}  {gain}")
     return "\n".join(lines)

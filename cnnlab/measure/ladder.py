@@ -1,47 +1,71 @@
-"""The ladder: techniques tried one on top of the other, each kept only if it pays, up to this machine's best recipe."""
+"""The ladder: techniques tried on top of each other, each kept only if it pays off."""
 
-import shutil
 import tempfile
+import threading
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from typing import Any
 
 from cnnlab import machine, record
-from cnnlab.launch.launcher import RankError
+from cnnlab.launch.failures import RankError
+from cnnlab.machine import Machine
 from cnnlab.measure.compare import Measurement, Speedup, measure_interleaved, speedup
-from cnnlab.recipe import changes
+from cnnlab.measure.techniques import ONE_CORE, TECHNIQUES, Changes
+from cnnlab.recipe import Recipe, changes
 
-RETRY_PREFIX = "again: "  # in the name of a rung that lost once and gets a second chance, on a different footing
+RETRY_PREFIX = "again: "  # of a rung that was rejected once and is tried again higher up
+
+CPU_RUNGS = (
+    "threads",
+    "channels_last",
+    "whole-batch loader",
+    "bf16",
+    "pooling before ReLU",
+    RETRY_PREFIX + "channels_last",
+    "torch.compile",
+    "compiled except pooling",
+)
+GPU_RUNGS: dict[str, Changes] = {  # from plain fp32: what paid off on the CPU is tried again
+    "GPU": {"device": "cuda", "precision": "fp32", "memory_format": "contiguous"},
+    "TF32 on the GPU": {"device": "cuda", "precision": "tf32"},
+    "channels_last on the GPU": {"device": "cuda", "memory_format": "channels_last"},
+    "bf16 on the GPU": {"device": "cuda", "precision": "bf16"},
+    RETRY_PREFIX + "whole-batch loader": {"loader": "batch"},
+    "torch.compile on the GPU": {"device": "cuda", "compiler": "inductor"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """One technique on the ladder. `kept` is None while it is being measured; `failed` is the error that ended it."""
+    """One technique on the ladder. `kept` is None while it is measured; `failed` is its error."""
 
     name: str
     measurement: Measurement
-    over_baseline: Speedup | None = None
+    over_baseline: Speedup | None = None  # None before its first run
     over_below: Speedup | None = None
     kept: bool | None = None
     failed: str | None = None
 
     @property
-    def recipe(self):
+    def recipe(self) -> Recipe:
         return self.measurement.recipe
 
-    def to_dict(self):
-        """The rung as the JSON of `python -m cnnlab ladder` has it."""
-        q1, median, q3 = self.measurement.quartiles
+    @property
+    def beats_below(self) -> bool:
+        return not self.failed and self.over_below is not None and self.over_below.low > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rung as JSON-safe values, once it has run."""
         base, below = self.over_baseline, self.over_below
+        assert base is not None and below is not None
+        q1, median, q3 = self.measurement.quartiles
+        runs = len(self.measurement.images_per_s)
         return {
             "name": self.name,
             "recipe": self.recipe.to_dict(),
-            "images_per_s": {
-                "median": median,
-                "q1": q1,
-                "q3": q3,
-                "n": len(self.measurement.images_per_s),
-            },
+            "images_per_s": {"median": median, "q1": q1, "q3": q3, "n": runs},
             "speedup": base.value,
             "speedup_ci": [base.low, base.high],
             "over_below": below.value,
@@ -54,54 +78,33 @@ class Rung:
         }
 
 
-def techniques(machine):
-    """What can be tried on this machine, from the ground up: ({name: changes to a recipe}, {name: why not})."""
-    plain, on_gpu = (
-        {"precision": "fp32", "memory_format": "contiguous"},
-        {"device": "cuda"},
-    )  # what paid on the CPU is tried on the GPU by itself
-    gpu = machine.gpus and {
-        "GPU": {**on_gpu, **plain},
-        "TF32 on the GPU": {**on_gpu, "precision": "tf32"},
-        "channels_last on the GPU": {**on_gpu, "memory_format": "channels_last"},
-        "bf16 on the GPU": {**on_gpu, "precision": "bf16"},
-        RETRY_PREFIX + "whole-batch loader": {"loader": "batch"},
-        "torch.compile on the GPU": {**on_gpu, "compiler": "inductor"},
-    }
-    replicas = len(machine.gpus) if len(machine.gpus) > 1 else machine.cores
-    rungs = {
-        "threads": machine.cores > 1 and {"threads": machine.cores},
-        "channels_last": {"memory_format": "channels_last"},
-        "whole-batch loader": {"loader": "batch"},
-        "bf16": {"precision": "bf16"},
-        "pooling before ReLU": {"pooling": "before-relu"},
-        RETRY_PREFIX + "channels_last": {"memory_format": "channels_last"},
-        "torch.compile": machine.compiler and not gpu and {"compiler": "inductor"},
-        "compiled except pooling": machine.compiler
-        and not gpu
-        and {"compiler": "inductor-except-pool"},
-        **(gpu or {"GPU": None}),
-        "replicas": (machine.cores > 1 and not machine.gpus or len(machine.gpus) > 1)
-        and {"replicas": replicas, "threads": None},
-    }
-    no_compiler = "it is tried on the GPU" if gpu else machine.missing.get("C++ compiler")
-    why_not = {
-        "threads": "this process may use one core only",
-        "torch.compile": no_compiler,
-        "compiled except pooling": no_compiler,
-        "GPU": machine.missing.get("NVIDIA GPU"),
-        "replicas": machine.missing.get("second GPU")
-        if machine.gpus
-        else "this process may use one core only",
-    }
-    return (
-        {name: change for name, change in rungs.items() if change},
-        {name: why_not[name] for name, change in rungs.items() if not change},
-    )
+def techniques(here: Machine) -> tuple[dict[str, Changes], dict[str, str]]:
+    """What a machine can try, in order: ({rung: changes to a recipe}, {rung: why not})."""
+    rungs: dict[str, Changes] = {}
+    why_not: dict[str, str] = {}
+    for name in CPU_RUNGS:
+        technique = TECHNIQUES[name.removeprefix(RETRY_PREFIX)]
+        reason = technique.why_not(here)
+        if here.gpus and technique.needs == "C++ compiler":
+            reason = "it is tried on the GPU"
+        if reason:
+            why_not[name] = reason
+        else:
+            rungs[name] = technique.changes_for(baseline_recipe(Recipe()), here)
+    if here.gpus:
+        rungs |= GPU_RUNGS
+    else:
+        why_not["GPU"] = here.missing["NVIDIA GPU"]
+    replicas = len(here.gpus) or here.cores
+    if replicas > 1:
+        rungs["replicas"] = {"replicas": replicas, "threads": None}
+    else:
+        why_not["replicas"] = here.missing["second GPU"] if here.gpus else ONE_CORE
+    return rungs, why_not
 
 
-def baseline_recipe(recipe):
-    """The naive baseline of a recipe: the same work with one thread, fp32, eager, one process, sample by sample, on the CPU."""
+def baseline_recipe(recipe: Recipe) -> Recipe:
+    """The naive baseline: the same work on one CPU thread, in fp32, eager, sample by sample."""
     return recipe.replace(
         device="cpu",
         threads=1,
@@ -115,112 +118,81 @@ def baseline_recipe(recipe):
     )
 
 
-def climb(recipe, rungs, repeats=5, seconds=4.0, stop=None):
-    """Try each of `rungs` ({name: changes}) on top of what was kept, and yield each `Rung` anew after every run of it.
+def climb(
+    recipe: Recipe,
+    rungs: Mapping[str, Changes],
+    repeats: int = 5,
+    seconds: float = 4.0,
+    stop: threading.Event | None = None,
+) -> Iterator[Rung]:
+    """Try each of `rungs` ({name: changes}) on top of those kept; yield the `Rung` after each run.
 
-    The rung below and the candidate run in turn, `repeats` times each, or up to three times as often where that fits
-    into `seconds`; the baseline runs once more beside each rung, so that its figure covers the whole climb. With
-    seconds=0 there are no such further runs. A rung is kept when it beats the one below significantly.
+    The rung below and the candidate run interleaved, `repeats` times each, or up to three times
+    as often if that fits into `seconds`. A rung is kept if it beats the one below significantly.
+    The baseline runs once more with each rung, so that its figure covers the whole climb.
+    seconds=0 turns the additional runs off.
     """
-    cache = tempfile.mkdtemp(
-        prefix="cnnlab-compiled-"
-    )  # empty: compile times are those of a first time
-    options = dict(stop=stop, env={"TORCHINDUCTOR_CACHE_DIR": cache})
-    baseline = below = _with_speedups(
-        Rung(
-            name="baseline",
-            measurement=Measurement(name="baseline", recipe=baseline_recipe(recipe)),
-            kept=True,
-        )
-    )
-    lost, often = set(), repeats
-    try:
-        yield baseline
-        for name, change in rungs.items():
-            candidate = _apply_change(below.recipe, change)
-            if (
-                candidate == below.recipe
-                or name.startswith(RETRY_PREFIX)
-                and name.removeprefix(RETRY_PREFIX) not in lost
-            ):
-                continue
-            rung, began = (
-                Rung(name=name, measurement=Measurement(name=name, recipe=candidate)),
-                time.monotonic(),
-            )
-            for rung, baseline in _try_rung(rung, below, baseline, often, seconds > 0, options):
-                yield baseline
-                yield rung
-            if stop is not None and stop.is_set():
-                return
-            rung = replace(rung, kept=not rung.failed and rung.over_below.low > 1)
+    with tempfile.TemporaryDirectory(
+        prefix="cnnlab-compiled-", ignore_cleanup_errors=True
+    ) as cache:
+        # The cache is empty, so that compile times are those of a first compilation.
+        options = {"stop": stop, "env": {"TORCHINDUCTOR_CACHE_DIR": cache}}
+        yield from _climb(recipe, rungs, repeats, seconds, options)
+
+
+def _climb(
+    recipe: Recipe,
+    rungs: Mapping[str, Changes],
+    repeats: int,
+    seconds: float,
+    options: dict[str, Any],
+) -> Iterator[Rung]:
+    baseline = below = _baseline_rung(recipe)
+    yield baseline
+    rejected: set[str] = set()
+    runs = repeats
+    for name, change in rungs.items():
+        candidate = _apply_change(below.recipe, change)
+        is_retry = name.startswith(RETRY_PREFIX)
+        if is_retry and name.removeprefix(RETRY_PREFIX) not in rejected:
+            continue
+        if candidate == below.recipe:
+            continue
+        rung = Rung(name=name, measurement=Measurement(name=name, recipe=candidate))
+        start = time.monotonic()
+        attempt = _try_rung(rung, below, baseline, runs, seconds > 0, options)
+        for rung, baseline in attempt:
+            yield baseline
             yield rung
-            took = (time.monotonic() - began) / (
-                2 * often
-            )  # a run, as a guide for the next rung's repeats
-            often = max(repeats, min(3 * repeats, int(seconds / (2 * took))))
-            lost = lost if rung.kept else lost | {name}
-            below = rung if rung.kept else baseline if below.name == "baseline" else below
-        if not baseline.measurement.images_per_s:  # no rung was tried
-            for found in measure_interleaved({"baseline": baseline.recipe}, repeats, **options):
-                yield replace(baseline, measurement=found["baseline"])
-    finally:
-        shutil.rmtree(cache, ignore_errors=True)
+        if options["stop"] is not None and options["stop"].is_set():
+            return
+        rung = replace(rung, kept=rung.beats_below)
+        yield rung
+        run_s = (time.monotonic() - start) / (2 * runs)
+        runs = max(repeats, min(3 * repeats, int(seconds / (2 * run_s))))
+        if rung.kept:
+            below = rung
+        else:
+            rejected.add(name)
+            below = baseline if below.name == "baseline" else below
+    if not baseline.measurement.images_per_s:  # no rung was tried
+        for found in measure_interleaved({"baseline": baseline.recipe}, repeats, **options):
+            yield replace(baseline, measurement=found["baseline"])
 
 
-def _try_rung(rung, below, baseline, often, beside, options):
-    """Run the baseline once more if it is to run `beside`, then the rung below and this one in turn; yield (rung, baseline) at the start and after each run.
-
-    When this rung's rank fails, the rung says so at the end; when those fail that have run before, `RankError` is raised.
-    """
-    yield rung, baseline
-    before = baseline.measurement
-    again = below.recipe.replace(
-        evaluate=below.recipe.evaluate and below.measurement.accuracy is None
-    )  # once is enough
-    if beside and below.name != "baseline":
-        for found in measure_interleaved(
-            {"baseline": baseline.recipe.replace(evaluate=False)}, 1, **options
-        ):
-            baseline = replace(baseline, measurement=_add_repeats(before, found["baseline"]))
-    pair = None
-    try:
-        for pair in measure_interleaved(
-            {below.name: again, rung.name: rung.recipe}, often, **options
-        ):
-            baseline = (
-                replace(baseline, measurement=_add_repeats(before, pair["baseline"]))
-                if below.name == "baseline"
-                else baseline
-            )
-            rung = _with_speedups(
-                replace(rung, measurement=pair[rung.name]), baseline.measurement, pair[below.name]
-            )
-            yield rung, baseline
-    except RankError as error:
-        if pair is None or len(pair[below.name].images_per_s) == len(
-            pair[rung.name].images_per_s
-        ):  # it was the turn of the rung below
-            raise
-        yield replace(rung, failed=error.error), baseline
-
-
-def ladder_result(rungs, impossible):
-    """A finished climb as JSON-safe values: the rungs, what could not be tried, the best recipe, and what ran where."""
-    impossible = impossible | {
-        rung.name: f"it failed here: {rung.failed}" for rung in rungs if rung.failed
-    }
-    rungs = [rung for rung in rungs if rung.kept is not None and not rung.failed]
-    best = [rung for rung in rungs if rung.kept][-1]
-    here = machine.describe()
+def ladder_result(rungs: Iterable[Rung], impossible: Mapping[str, str]) -> dict[str, Any]:
+    """A climb as JSON-safe values: its rungs, what could not be tried, and the best recipe."""
+    rungs = list(rungs)
+    failed = {rung.name: f"it failed here: {rung.failed}" for rung in rungs if rung.failed}
+    decided = [rung for rung in rungs if rung.kept is not None and not rung.failed]
+    best = [rung for rung in decided if rung.kept][-1]
+    baseline, here = decided[0].recipe, machine.describe()
     return {
-        "rungs": [rung.to_dict() for rung in rungs],
+        "rungs": [rung.to_dict() for rung in decided],
         "best": best.name,
-        "impossible": impossible,
-        "best_recipe": {
-            name: new for name, (_, new) in changes(rungs[0].recipe, best.recipe).items()
-        },
-        "recipe": rungs[0].recipe.to_dict(),
+        "impossible": {**impossible, **failed},
+        "best_recipe": {name: new for name, (_, new) in changes(baseline, best.recipe).items()},
+        "recipe": baseline.to_dict(),
         "machine": here.to_dict(),
         "versions": here.versions,
         "commit": record.git_commit(),
@@ -228,33 +200,67 @@ def ladder_result(rungs, impossible):
     }
 
 
-def _apply_change(recipe, change):
-    """The recipe with a rung's change; of its replicas, as many as split the batch evenly."""
-    most = change.get("replicas", recipe.replicas)
-    return recipe.replace(
-        **{**change, "replicas": max(n for n in range(1, most + 1) if recipe.batch_size % n == 0)}
+def _baseline_rung(recipe: Recipe) -> Rung:
+    measurement = Measurement(name="baseline", recipe=baseline_recipe(recipe))
+    one = Speedup(value=1.0, low=1.0, high=1.0, baseline="baseline")
+    return Rung(
+        name="baseline", measurement=measurement, over_baseline=one, over_below=one, kept=True
     )
 
 
-def _with_speedups(rung, baseline=None, below=None):
-    """The rung with its speedups over the baseline and over the rung below; for the baseline itself, 1."""
-    if rung.name == "baseline":
-        one = Speedup(value=1.0, low=1.0, high=1.0, baseline="baseline")
-        return replace(rung, over_baseline=one, over_below=one)
-    if not rung.measurement.images_per_s:
-        return rung
-    pairs = len(rung.measurement.images_per_s)
-    below = replace(below, images_per_s=below.images_per_s[:pairs])
+def _apply_change(recipe: Recipe, change: Changes) -> Recipe:
+    """The recipe with a rung's changes, and the most replicas that divide the batch evenly."""
+    most = change.get("replicas", recipe.replicas)
+    replicas = max(n for n in range(1, most + 1) if recipe.batch_size % n == 0)
+    return recipe.replace(**{**change, "replicas": replicas})
+
+
+def _try_rung(
+    rung: Rung, below: Rung, baseline: Rung, repeats: int, rerun: bool, options: dict[str, Any]
+) -> Iterator[tuple[Rung, Rung]]:
+    """Run the rung below and this one interleaved; yield (rung, baseline) first and after each run.
+
+    With `rerun`, the baseline runs once more before them. If a rank of this rung fails, the last
+    `rung` says so; if one of a rung that ran before fails, that is raised as `RankError`.
+    """
+    yield rung, baseline
+    earlier = baseline.measurement
+    if rerun and below.name != "baseline":
+        again = {"baseline": baseline.recipe.replace(evaluate=False)}
+        for found in measure_interleaved(again, 1, **options):
+            baseline = replace(baseline, measurement=_add_repeats(earlier, found["baseline"]))
+    evaluate = below.recipe.evaluate and below.measurement.accuracy is None  # once is enough
+    pair = {below.name: below.recipe.replace(evaluate=evaluate), rung.name: rung.recipe}
+    candidate_runs_next = False
+    try:
+        for found in measure_interleaved(pair, repeats, **options):
+            ours, theirs = found[rung.name], found[below.name]
+            candidate_runs_next = len(theirs.images_per_s) > len(ours.images_per_s)
+            if below.name == "baseline":
+                baseline = replace(baseline, measurement=_add_repeats(earlier, theirs))
+            rung = _add_speedups(rung, ours, theirs, baseline.measurement)
+            yield rung, baseline
+    except RankError as error:
+        if not candidate_runs_next:
+            raise
+        yield replace(rung, failed=error.error), baseline
+
+
+def _add_speedups(rung: Rung, ours: Measurement, below: Measurement, baseline: Measurement) -> Rung:
+    """The rung with its measurement and, after its first run, its speedups."""
+    runs = len(ours.images_per_s)
+    if runs == 0:
+        return replace(rung, measurement=ours)
+    below = replace(below, images_per_s=below.images_per_s[:runs])
     return replace(
         rung,
-        over_baseline=speedup(baseline, rung.measurement, paired=False),
-        over_below=speedup(below, rung.measurement),
+        measurement=ours,
+        over_baseline=speedup(baseline, ours, paired=False),
+        over_below=speedup(below, ours),
     )
 
 
-def _add_repeats(measurement, other):
-    """A measurement with the repeats of another of the same recipe added."""
-    return replace(
-        measurement if measurement.images_per_s else other,
-        images_per_s=measurement.images_per_s + other.images_per_s,
-    )
+def _add_repeats(measurement: Measurement, other: Measurement) -> Measurement:
+    """The measurement with the repeats of another of the same recipe."""
+    images_per_s = measurement.images_per_s + other.images_per_s
+    return replace(measurement if measurement.images_per_s else other, images_per_s=images_per_s)

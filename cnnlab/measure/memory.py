@@ -1,52 +1,58 @@
-"""Instruments for measuring a device: functions timed in turn, CUDA graphs, a training step to hold on to, the memory that it takes."""
+"""The memory that a training step takes: what autograd saves, and what the allocator reports."""
 
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 
-def saved_tensor_bytes(function, but=()):
-    """Bytes that autograd keeps from function() on for backward: each piece of memory once, those of the tensors `but` left out."""
-    pieces = {}
+def saved_tensor_bytes(function: Callable[[], Any], exclude: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes that autograd saves for the backward pass of `function()`.
 
-    def note(tensor):
+    Each storage counts once; those of the tensors in `exclude` do not count.
+    """
+    storages: dict[int, int] = {}
+
+    def record_storage(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        pieces[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = function()  # held until all is counted: no address comes twice
-    for tensor in but:
-        pieces.pop(tensor.untyped_storage().data_ptr(), None)
-    del result
-    return sum(pieces.values())
+    with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor):
+        result = function()
+    for tensor in exclude:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    del result  # kept until here, so that no address was used twice
+    return sum(storages.values())
 
 
-def allocated_bytes(function, device):
-    """(bytes that what function() returned keeps, most bytes at once meanwhile), above those before; by torch's allocator."""
+def allocated_bytes(function: Callable[[], Any], device: str) -> tuple[int, int]:
+    """(bytes that the result of `function()` keeps allocated, peak during the call).
+
+    Both count from the memory allocated before. From torch's CUDA allocator, or the CPU profiler.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before, result = torch.cuda.memory_allocated(), function()
+        before = torch.cuda.memory_allocated()
+        result = function()
         torch.cuda.synchronize()
-        return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes into the notebook
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+        peak = torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_allocated() - before, peak
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print into the notebook
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = function()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted(
-        (event["args"]["Ev Idx"], event["args"]["Bytes"])
-        for event in events
-        if event.get("name") == "[memory]"
-    )
-    levels = np.cumsum([0, *(change for _, change in changes)])
-    del result
+    allocations = [event["args"] for event in events if event.get("name") == "[memory]"]
+    changes = sorted((change["Ev Idx"], change["Bytes"]) for change in allocations)
+    levels = np.cumsum([0, *(size for _, size in changes)])
+    del result  # only now: the profile must not contain its release
     return int(levels[-1]), int(levels.max())

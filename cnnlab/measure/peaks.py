@@ -1,78 +1,75 @@
-"""What this machine can do: its cores, matrix units and GPUs, what it lacks and why, and its measured limits."""
+"""The measured peaks of this machine: FLOP/s by precision, and copy bandwidth."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import conv2d
+from torch.utils.benchmark import set_torch_threads
 
 from cnnlab.machine import PRECISIONS, cores
+from cnnlab.measure.benchmark import benchmark_interleaved
+
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
-def peak_flops(precision="fp32", device="cpu", threads=None, size=2048):
-    """Measured FLOP/s of the fastest large operation: (median, first quartile, third quartile).
+def peak_flops(
+    precision: str = "fp32", device: str = "cpu", threads: int | None = None, size: int = 2048
+) -> tuple[float, float, float]:
+    """FLOP/s of the fastest large operation: (median, first quartile, third quartile).
 
-    That is a (size, size) matrix product, which takes 2 size^3 floating point operations, or, on a CPU, a 3x3
-    convolution of 128 channels of about as many: the two come from different libraries, and either may be ahead.
+    The operation is a (size, size) matrix product of 2 size^3 FLOP or, on a CPU, a 3x3 convolution
+    of 128 channels and about as many FLOP: they come from different libraries.
     """
-    import torch
-    from torch.nn.functional import conv2d
-
-    dtype = {
-        "fp32": torch.float32,
-        "tf32": torch.float32,
-        "bf16": torch.bfloat16,
-        "fp16": torch.float16,
-    }[precision]
+    dtype = DTYPES[precision]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    candidates = [(2 * size**3, "a @ b", {"a": a, "b": b})]
+    operations = [(2 * size**3, partial(torch.mm, a, b))]
     if device == "cpu":
         images = max(1, size**3 // (32 * 32 * 128 * 128 * 9))
-        x, w = (
-            torch.randn(shape).to(dtype, memory_format=torch.channels_last)
-            for shape in ((images, 128, 32, 32), (128, 128, 3, 3))
-        )
-        candidates.append(
-            (
-                2 * images * 32 * 32 * 128 * 128 * 9,
-                "conv2d(x, w, padding=1)",
-                {"conv2d": conv2d, "x": x, "w": w},
-            )
-        )
+        x = torch.randn(images, 128, 32, 32).to(dtype, memory_format=torch.channels_last)
+        w = torch.randn(128, 128, 3, 3).to(dtype, memory_format=torch.channels_last)
+        flop = 2 * images * 32 * 32 * 128 * 128 * 9
+        operations.append((flop, partial(conv2d, x, w, padding=1)))
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
         with torch.no_grad():
-            return max(
-                tuple(flops / seconds for seconds in _timed(statement, values, threads))
-                for flops, statement, values in candidates
-            )
+            return max(_rate(flop, function, device, threads) for flop, function in operations)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def copy_bandwidth(device="cpu", threads=None, mib=256):
-    """Measured bytes/s of a copy, read and write both counted: (median, first quartile, third quartile)."""
-    import torch
-
-    source = torch.ones(mib * 2**20 // 4, device=device)
+def copy_bandwidth(
+    device: str = "cpu", threads: int | None = None, mib: int = 256
+) -> tuple[float, float, float]:
+    """Bytes/s of a copy, reads and writes counted: (median, first quartile, third quartile)."""
+    source = torch.ones(mib * 2**18, device=device)
     target = torch.empty_like(source)
-    moved = 2 * source.numel() * 4
-    return tuple(
-        moved / seconds
-        for seconds in _timed("target.copy_(source)", {"target": target, "source": source}, threads)
-    )
+    return _rate(2 * source.nbytes, partial(target.copy_, source), device, threads)
 
 
-def peaks(device="cpu"):
-    """The machine's measured roofline: {precision: FLOP/s} for all it computes, and 'copy': bytes/s; medians."""
+def peaks(device: str = "cpu") -> dict[str, float]:
+    """The measured roofline: {precision: FLOP/s} and 'copy': bytes/s, all medians."""
     names = PRECISIONS if device == "cuda" else ("fp32", "bf16", "fp16")
     size = 8192 if device == "cuda" else 1024
-    return {
-        **{name: peak_flops(name, device, size=size)[0] for name in names},
-        "copy": copy_bandwidth(device)[0],
-    }
+    measured = {name: peak_flops(name, device, size=size)[0] for name in names}
+    return {**measured, "copy": copy_bandwidth(device)[0]}
 
 
-def _timed(statement, values, threads):
-    """Seconds of one run of a statement, as (median, slow quartile, fast quartile); the timer fences the GPU."""
-    import numpy as np
-    from torch.utils.benchmark import Timer
-
-    timer = Timer(statement, globals=values, num_threads=threads or cores())
-    times = timer.blocked_autorange(min_run_time=0.2).times
-    return tuple(float(seconds) for seconds in np.percentile(times, (50, 75, 25)))
+def _rate(
+    work: float, function: Callable[[], Any], device: str, threads: int | None
+) -> tuple[float, float, float]:
+    """`work` per second of a call: (median, first quartile, third quartile)."""
+    calls = 10 if device == "cuda" else 1  # of a GPU's short calls, to amortize synchronization
+    with set_torch_threads(threads or cores()):
+        found = benchmark_interleaved({"it": function}, device, 1000, calls, seconds=0.2)
+    figures = found["it"]
+    if "failed" in figures:
+        raise RuntimeError(figures["failed"])
+    return work / figures["median"], work / figures["q3"], work / figures["q1"]

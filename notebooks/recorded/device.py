@@ -1,11 +1,21 @@
-"""Instruments for measuring a device: functions timed in turn, CUDA graphs, a training step to hold on to, the memory that it takes. What one device does, measured piece by piece: are its results right, its clock, copies, batch sizes, graphs, memory, its fastest steps."""
+"""Measure one device for the lessons: correctness, clock, copies, batch sizes, memory, fast steps.
 
+    python notebooks/recorded/device.py DIR [--device cpu|cuda] [--quick]
+
+writes DIR/device-NAME.json, which lessons show on machines that lack the device.
+"""
+
+import argparse
 import copy
 import math
+import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,139 +39,167 @@ from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training import techniques
 from cnnlab.training.loop import make_optimizer
 
-
-def matmul_chain(size, products, device, dtype=torch.float32):
-    """A function that multiplies two (size, size) matrices so many times."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    result = torch.empty_like(a)
-
-    def work():
-        for _ in range(products):
-            torch.mm(a, b, out=result)
-
-    return work
-
-
-def make_trainer(recipe, dtype=torch.float32, fused=False):
-    """The recipe's network in training, on the same synthetic images again and again, which are on the device.
-
-    `step()` does forward, backward and update, and returns the loss without waiting for it. `fused`: SGD as one kernel.
-    """
-    device, kind = (
-        torch.device(recipe.device),
-        partial(torch.optim.SGD, lr=recipe.learning_rate, momentum=0.9, fused=True),
-    )
-    images, labels = datasets.synthetic(
-        recipe.batch_size, recipe.image_size, recipe.classes, recipe.seed
-    ).train.tensors
-    layout = (
-        torch.channels_last if recipe.memory_format == "channels_last" else torch.contiguous_format
-    )
-    images, labels = images.to(device, dtype, memory_format=layout), labels.to(device)
-    network = build(recipe, (3, recipe.image_size, recipe.classes)).to(dtype)
-    model = techniques.prepare(network, recipe, device)
-    optimizer = (
-        kind(model.parameters()) if fused else make_optimizer(recipe, model, steps=1)[0]
-    )
-    scaler = torch.amp.GradScaler(
-        recipe.device, init_scale=1024.0, enabled=recipe.precision == "fp16"
-    )  # torch's 65536 may skip the first steps
-
-    def loss():
-        with techniques.autocast(recipe):
-            return F.cross_entropy(model(images), labels)
-
-    def step():
-        lost = loss()
-        scaler.scale(lost).backward()
-        scaler.step(optimizer), scaler.update(), optimizer.zero_grad()
-        return lost.detach()
-
-    return SimpleNamespace(
-        network=network, model=model, optimizer=optimizer, images=images, loss=loss, step=step
-    )
-
-
-def train_steps(recipe, dtype=torch.float32, steps=6):
-    """{"logits", "gradients", "losses"}: of the first forward and backward pass, and of a few steps."""
-    work = make_trainer(recipe, dtype)
-    with techniques.autocast(recipe):
-        logits = work.model(work.images).detach()
-    gradients = torch.autograd.grad(
-        1024 * work.loss(), list(work.network.parameters())
-    )  # 1024: small ones are 0 in fp16 otherwise
-    return {
-        "logits": logits,
-        "gradients": torch.cat([gradient.flatten() for gradient in gradients]),
-        "losses": torch.stack([work.step() for _ in range(steps)]),
-    }
-
-
-def finite_or_none(number):
-    """The number; None where it is none, for JSON has no word for it."""
-    return number if math.isfinite(number) else None
-
-
-LIMITS = {
-    "fp32": (1e-4, 1e-3),
-    "tf32": (1e-2, 1e-2),
-    "fp16": (1e-2, 1e-2),
-    "bf16": (5e-2, 1e-2),
-}  # relative errors: logits, losses
-
-
-ONLY_GPU = "needs device='cuda': a CPU does what it is told at once, so that nothing can be launched ahead or hidden behind other work."
-
-
-MEASUREMENTS = (
-    "checks",
-    "clock",
-    "copies",
-    "overlap",
-    "batch_sizes",
-    "graphs",
-    "memory",
-    "training",
-    "forward",
+Device = Literal["cpu", "cuda"]
+Figures = dict[str, Any]  # JSON-safe
+LIMITS = {  # of relative errors, by precision
+    "fp32": {"logits": 1e-4, "losses": 1e-3},
+    "tf32": {"logits": 1e-2, "losses": 1e-2},
+    "fp16": {"logits": 1e-2, "losses": 1e-2},
+    "bf16": {"logits": 5e-2, "losses": 1e-2},
+}
+ONLY_GPU = (
+    "needs device='cuda': a CPU executes each operation at once, so there is no kernel launch "
+    "to batch and no copy to overlap."
 )
 
 
-def measure_all(device, quick=False):
-    """Measure all of it: yields (name, figures), "machine" first. `device`: "cpu" or "cuda"; `quick`: small sizes, nothing compiled.
+# Workloads
 
-    An error in one becomes {"failed": what it says}, and the others go on. All figures are JSON-safe.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise CnnlabError(
-            f"device='cuda' needs an NVIDIA GPU: {machine.describe().missing.get('NVIDIA GPU', 'torch sees none.')}"
-        )
-    name = torch.cuda.get_device_name() if device == "cuda" else machine.describe().name
-    yield (
-        "machine",
-        {
-            **machine.describe().to_dict(),
-            "device": device,
-            "device_name": name,
-            "threads": torch.get_num_threads(),
-            "quick": quick,
-            "commit": record.git_commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        },
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A network in training on one batch of synthetic images, which stays on the device."""
+
+    network: nn.Module
+    model: nn.Module  # the network with the recipe's techniques
+    optimizer: torch.optim.Optimizer
+    images: torch.Tensor
+    loss: Callable[[], torch.Tensor]  # forward
+    step: Callable[[], torch.Tensor]  # forward, backward, update; does not synchronize
+
+
+def make_trainer(
+    recipe: Recipe, dtype: torch.dtype = torch.float32, fused: bool = False
+) -> Trainer:
+    """The `Trainer` of a recipe. `fused`: SGD as one kernel."""
+    device = torch.device(recipe.device)
+    data = datasets.synthetic(recipe.batch_size, recipe.image_size, recipe.classes, recipe.seed)
+    images, labels = data.train.tensors
+    channels_last = recipe.memory_format == "channels_last"
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images, labels = images.to(device, dtype, memory_format=layout), labels.to(device)
+    network = build(recipe, (3, recipe.image_size, recipe.classes)).to(dtype)
+    model = techniques.prepare(network, recipe, device)
+    optimizer, _ = make_optimizer(recipe, model, steps=1)
+    if fused:
+        optimizer = make_fused_sgd(recipe, model)
+    fp16 = recipe.precision == "fp16"
+    # torch's default scale of 65536 may overflow and skip the first steps
+    scaler = torch.amp.GradScaler(recipe.device, init_scale=1024.0, enabled=fp16)
+
+    def compute_loss() -> torch.Tensor:
+        with techniques.autocast(recipe):
+            return F.cross_entropy(model(images), labels)
+
+    def step() -> torch.Tensor:
+        loss = compute_loss()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return Trainer(
+        network=network,
+        model=model,
+        optimizer=optimizer,
+        images=images,
+        loss=compute_loss,
+        step=step,
     )
-    for name in MEASUREMENTS:
-        began = time.perf_counter()
-        try:
-            figures = globals()[name](device, quick)
-        except Exception as error:
-            figures = describe_failure(error)
-        yield name, {**figures, "took_s": time.perf_counter() - began}
+
+
+def make_fused_sgd(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=0.9, fused=True)
+
+
+def train_steps(
+    recipe: Recipe, dtype: torch.dtype = torch.float32, steps: int = 6
+) -> dict[str, torch.Tensor]:
+    """`logits` and `gradients` of the first forward and backward pass, `losses` of a few steps."""
+    trainer = make_trainer(recipe, dtype)
+    with techniques.autocast(recipe):
+        logits = trainer.model(trainer.images).detach()
+    loss = 1024 * trainer.loss()  # else small gradients underflow in fp16
+    gradients = torch.autograd.grad(loss, list(trainer.network.parameters()))
+    return {
+        "logits": logits,
+        "gradients": torch.cat([gradient.flatten() for gradient in gradients]),
+        "losses": torch.stack([trainer.step() for _ in range(steps)]),
+    }
+
+
+def matmul_chain(
+    size: int, products: int, device: Device, dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """A function that computes `products` products of two (size, size) matrices."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    result = torch.empty_like(a)
+
+    def multiply() -> None:
+        for _ in range(products):
+            torch.mm(a, b, out=result)
+
+    return multiply
+
+
+def fast_recipe(device: Device, quick: bool) -> Recipe:
+    """ResNet9 as it trains fast without compilation, with a batch that fills the device."""
+    hardware_bf16 = device == "cuda" or machine.describe().hardware["bf16"]
+    large_gpu = device == "cuda" and torch.cuda.get_device_properties(0).total_memory > 30e9
+    batch = by_device(device, quick, small=16, cuda=2048 if large_gpu else 256, cpu=128)
+    return Recipe(
+        model="ResNet9",
+        width=by_device(device, quick, small=8, cuda=64, cpu=32),
+        data="synthetic",
+        images=batch,
+        batch_size=batch,
+        optimizer="sgd",
+        device=device,
+        precision="bf16" if hardware_bf16 else "fp32",
+        memory_format="channels_last",
+    )
+
+
+# Helpers
+
+
+def by_device(device: Device, quick: bool, small: Any, cuda: Any, cpu: Any) -> Any:
+    """The size for a quick run, for a GPU, or for a CPU."""
+    if quick:
+        return small
+    return cuda if device == "cuda" else cpu
+
+
+def can_compile(device: Device, quick: bool) -> bool:
+    return not quick and (device == "cuda" or machine.describe().compiler is not None)
+
+
+def finite_or_none(number: float) -> float | None:
+    """The number, or None for NaN and infinity, which JSON does not have."""
+    return number if math.isfinite(number) else None
+
+
+def add_throughput(figures: Figures, images: int) -> Figures:
+    """The figures of a step with its images/s, unless it failed."""
+    if "failed" not in figures:
+        figures["images_per_s"] = images / figures["median"]
+    return figures
+
+
+def to_mib(sizes: dict[str, int]) -> dict[str, float]:
+    return {name: size / 2**20 for name, size in sizes.items()}
+
+
+# Measurements: each takes (device, quick) and returns JSON-safe figures
 
 
 @benchmark_mode()
-def checks(device, quick=False):
-    """Training ResNet9 in every way against the same in fp64 on the CPU: relative errors of the first logits and gradients, and of the losses.
+def checks(device: Device, quick: bool = False) -> Figures:
+    """Train ResNet9 with each technique and compare with fp64 on the CPU.
 
-    Gradients have no limit: where the two largest of a max-pooling are close, rounding swaps them, and a gradient goes elsewhere.
+    Relative errors of the first logits and gradients, and of the losses. Gradients have no limit:
+    where the two largest values in a pooling window are close, rounding redirects the gradient.
     """
     base = Recipe(
         model="ResNet9",
@@ -172,7 +210,7 @@ def checks(device, quick=False):
         optimizer="sgd",
         learning_rate=0.01,
     )
-    ways = {
+    ways: dict[str, dict[str, str]] = {
         "fp32": {},
         "channels_last": {"memory_format": "channels_last"},
         "bf16": {"precision": "bf16", "memory_format": "channels_last"},
@@ -180,37 +218,41 @@ def checks(device, quick=False):
     if device == "cuda":
         ways |= {"tf32": {"precision": "tf32"}, "fp16": {"precision": "fp16"}}
     if can_compile(device, quick):
-        ways |= {"compiled": {"compiler": "inductor"}}
-    exact, found = train_steps(base, torch.float64), {}
-    for way, change in ways.items():
-        most = dict(zip(("logits", "losses"), LIMITS[change.get("precision", "fp32")]))
-        try:
-            got = train_steps(base.replace(device=device, **change))
-            errors = {name: relative_error(got[name], exact[name]) for name in got}
-            found[way] = {
-                "errors": {name: finite_or_none(error) for name, error in errors.items()},
-                "limits": most,
-                "losses": [finite_or_none(loss) for loss in got["losses"].tolist()],
-                "passed": all(errors[name] <= most[name] for name in most),
-            }
-        except Exception as error:
-            found[way] = describe_failure(error)  # no wrong result: none
-    ran = [way["passed"] for way in found.values() if "failed" not in way]
+        ways["compiled"] = {"compiler": "inductor"}
+    exact = train_steps(base, torch.float64)
+    found = {way: check(base.replace(device=device, **ways[way]), exact) for way in ways}
+    passed = [figures["passed"] for figures in found.values() if "failed" not in figures]
     return {
         "recipe": base.to_dict(),
         "fp64_losses": exact["losses"].tolist(),
         "ways": found,
-        "passed": bool(ran) and all(ran),
+        "passed": bool(passed) and all(passed),
+    }
+
+
+def check(recipe: Recipe, exact: dict[str, torch.Tensor]) -> Figures:
+    """Compare `train_steps(recipe)` with exact results, unless the recipe cannot run here."""
+    limits = LIMITS[recipe.precision]
+    try:
+        results = train_steps(recipe)
+        errors = {name: relative_error(results[name], exact[name]) for name in results}
+    except Exception as error:
+        return describe_failure(error)
+    return {
+        "errors": {name: finite_or_none(error) for name, error in errors.items()},
+        "limits": limits,
+        "losses": [finite_or_none(loss) for loss in results["losses"].tolist()],
+        "passed": all(errors[name] <= limit for name, limit in limits.items()),
     }
 
 
 @benchmark_mode()
-def clock(device, quick=False):
-    """A chain of large matrix products: seconds until the calls came back ("returned_s"), and until the device had done them ("median")."""
-    size, products = (256, 4) if quick else (4096, 20) if device == "cuda" else (1024, 10)
-    figures = benchmark_interleaved(
-        {"chain": matmul_chain(size, products, device)}, device, 5 if quick else 15
-    )["chain"]
+def clock(device: Device, quick: bool = False) -> Figures:
+    """Time large matrix products until the calls return (`returned_s`) and finish (`median`)."""
+    size = by_device(device, quick, small=256, cuda=4096, cpu=1024)
+    products = by_device(device, quick, small=4, cuda=20, cpu=10)
+    chain = {"chain": matmul_chain(size, products, device)}
+    figures = benchmark_interleaved(chain, device, 5 if quick else 15)["chain"]
     flop = products * 2 * size**3
     return {
         **figures,
@@ -222,161 +264,143 @@ def clock(device, quick=False):
 
 
 @benchmark_mode()
-def copies(device, quick=False):
-    """GB/s of copies: between memory and GPU, from ordinary (pageable) and pinned memory, bytes counted once; within memory, read and written."""
+def copies(device: Device, quick: bool = False) -> Figures:
+    """GB/s of copies from and to a GPU, pageable and pinned, and within the device's memory.
+
+    Bytes count once between memory and GPU, and twice (read and written) within a memory.
+    """
     mib = 8 if quick else 256
-    target, ordinary = torch.empty(mib * 2**18, device=device), torch.ones(mib * 2**18)
-    pairs = {"within its memory": (target, torch.ones_like(target), False)}
+    within = "within its memory"
+    target, pageable = torch.empty(mib * 2**18, device=device), torch.ones(mib * 2**18)
+    ways = {within: partial(target.copy_, torch.ones_like(target))}
     if device == "cuda":
-        pinned = ordinary.pin_memory()
-        pairs |= {
-            "pageable to GPU": (target, ordinary, False),
-            "GPU to pageable": (ordinary, target, False),
-            "pinned to GPU": (target, pinned, False),
-            "GPU to pinned": (pinned, target, False),
-            "pinned to GPU, non_blocking": (target, pinned, True),
-            "GPU to pinned, non_blocking": (pinned, target, True),
+        pinned = pageable.pin_memory()
+        ways |= {
+            "pageable to GPU": partial(target.copy_, pageable),
+            "GPU to pageable": partial(pageable.copy_, target),
+            "pinned to GPU": partial(target.copy_, pinned),
+            "GPU to pinned": partial(pinned.copy_, target),
+            "pinned to GPU, non_blocking": partial(target.copy_, pinned, non_blocking=True),
+            "GPU to pinned, non_blocking": partial(pinned.copy_, target, non_blocking=True),
         }
-    found = benchmark_interleaved(
-        {
-            name: partial(to.copy_, source, non_blocking=later)
-            for name, (to, source, later) in pairs.items()
-        },
-        device,
-        5 if quick else 20,
-    )
-    for name, figures in found.items():
+    found = benchmark_interleaved(ways, device, 5 if quick else 20)
+    for way, figures in found.items():
         if "failed" not in figures:
-            figures["gb_per_s"] = (
-                (2 if name == "within its memory" else 1) * mib * 2**20 / figures["median"] / 1e9
-            )
+            moved = 2 * target.nbytes if way == within else target.nbytes
+            figures["gb_per_s"] = moved / figures["median"] / 1e9
     return {"mib": mib, "ways": found}
 
 
 @benchmark_mode()
-def overlap(device, quick=False):
-    """A copy to the GPU beside matrix products that take about as long: one after the other, and at the same time, on two streams."""
+def overlap(device: Device, quick: bool = False) -> Figures:
+    """Copy to the GPU during matrix products that take about as long, on one and on two streams."""
     if device == "cpu":
         return {"ways": None, "missing": f"Overlap {ONLY_GPU}"}
     target = torch.empty((8 if quick else 256) * 2**18, device=device)
-    ordinary = torch.ones(target.shape)
-    pinned, main, side = ordinary.pin_memory(), torch.cuda.current_stream(), torch.cuda.Stream()
-    copy_over = partial(target.copy_, pinned, non_blocking=True)
-    alone = benchmark_interleaved(
-        {"copy": copy_over, "product": matmul_chain(4096, 1, device, torch.bfloat16)}, device, 10
-    )
+    pageable = torch.ones(target.shape)
+    pinned, main, side = pageable.pin_memory(), torch.cuda.current_stream(), torch.cuda.Stream()
+    copy_only = partial(target.copy_, pinned, non_blocking=True)
+    one_product = matmul_chain(4096, 1, device, torch.bfloat16)
+    alone = benchmark_interleaved({"copy": copy_only, "product": one_product}, device, 10)
     products = max(1, round(alone["copy"]["median"] / alone["product"]["median"]))
     compute = matmul_chain(4096, products, device, torch.bfloat16)
 
-    def both(source, stream):
-        stream.wait_stream(main)  # the target may still be in use there
+    def both(source: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        stream.wait_stream(main)  # earlier work may still use the target
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
         compute()
-        main.wait_stream(stream)  # what comes next may read the target
+        main.wait_stream(stream)  # later work may read the target
 
-    found = benchmark_interleaved(
-        {
-            "copy": copy_over,
-            "compute": compute,
-            "one after the other": lambda: both(pinned, main),
-            "at the same time": lambda: both(pinned, side),
-            "at the same time, pageable": lambda: both(ordinary, side),
-        },
-        device,
-        20,
-    )
-    moved, computed, both_s = (
-        found[way]["median"] for way in ("copy", "compute", "at the same time")
-    )
+    ways = {
+        "copy": copy_only,
+        "compute": compute,
+        "one after the other": partial(both, pinned, main),
+        "at the same time": partial(both, pinned, side),
+        "at the same time, pageable": partial(both, pageable, side),
+    }
+    found = benchmark_interleaved(ways, device, 20)
+    copy_s, compute_s = found["copy"]["median"], found["compute"]["median"]
+    hidden_s = copy_s + compute_s - found["at the same time"]["median"]
     return {
         "mib": target.nbytes / 2**20,
         "products": products,
         "ways": found,
         "missing": None,
-        "hidden_share": (moved + computed - both_s) / min(moved, computed),
+        "hidden_share": hidden_s / min(copy_s, compute_s),
     }
 
 
 @benchmark_mode()
-def batch_sizes(device, quick=False):
-    """Training images/s of ResNet9 by batch size: eager, channels_last, bf16 where the device has it; the images are on the device."""
-    sizes = (
-        (2, 8)
-        if quick
-        else (4, 16, 64, 256, 1024, 4096)
-        if device == "cuda"
-        else (2, 8, 32, 128, 256)
-    )
+def batch_sizes(device: Device, quick: bool = False) -> Figures:
+    """Training throughput of ResNet9 by batch size, with the images on the device."""
+    gpu_sizes, cpu_sizes = (4, 16, 64, 256, 1024, 4096), (2, 8, 32, 128, 256)
+    sizes = by_device(device, quick, small=(2, 8), cuda=gpu_sizes, cpu=cpu_sizes)
     base = fast_recipe(device, quick)
-    steps = {size: make_trainer(base.replace(images=size, batch_size=size)).step for size in sizes}
+    recipes = {size: base.replace(images=size, batch_size=size) for size in sizes}
+    steps = {str(size): make_trainer(recipe).step for size, recipe in recipes.items()}
     found = benchmark_interleaved(steps, device, 3 if quick else 15, seconds=40)
     return {
         "recipe": base.to_dict(),
-        "sizes": {str(size): add_throughput(figures, size) for size, figures in found.items()},
+        "sizes": {size: add_throughput(figures, int(size)) for size, figures in found.items()},
     }
 
 
 @benchmark_mode()
-def graphs(device, quick=False):
-    """A small training step (SmallCNN, 16 images): its kernels launched one by one and, on a GPU, as one CUDA graph; and the losses of both."""
+def graphs(device: Device, quick: bool = False) -> Figures:
+    """Time a small training step, its kernels launched one by one and as one CUDA graph."""
     recipe = Recipe(data="synthetic", images=16, batch_size=16, optimizer="sgd", device=device)
-    steps = {
-        "one by one": make_trainer(recipe).step,
-        **({"one CUDA graph": cuda_graphed(make_trainer(recipe).step)} if device == "cuda" else {}),
-    }
-    for _ in range(WARMUP_CALLS):
-        steps["one by one"]()  # as many as come before the graph is recorded
+    steps = {"one by one": make_trainer(recipe).step}
+    if device == "cuda":
+        steps["one CUDA graph"] = cuda_graphed(make_trainer(recipe).step)
+    for _ in range(WARMUP_CALLS):  # the graph takes as many steps before its capture
+        steps["one by one"]()
     losses = {way: [float(step()) for _ in range(5)] for way, step in steps.items()}
     found = benchmark_interleaved(steps, device, 10 if quick else 30, calls=10)
-    missing = None if device == "cuda" else f"A CUDA graph {ONLY_GPU}"
     return {
         "recipe": recipe.to_dict(),
         "losses": losses,
         "ways": {"one CUDA graph": None, **found},
-        "missing": missing,
+        "missing": None if device == "cuda" else f"A CUDA graph {ONLY_GPU}",
     }
 
 
 @benchmark_mode()
-def memory(device, quick=False):
-    """MiB of one training step of ResNet9 with Adam in fp32: counted part by part, and what the allocator says."""
-    batch = 8 if quick else 1024 if device == "cuda" else 64
-    work = make_trainer(
-        Recipe(
-            model="ResNet9",
-            width=8 if quick else 32,
-            data="synthetic",
-            images=batch,
-            batch_size=batch,
-            device=device,
-        )
+def memory(device: Device, quick: bool = False) -> Figures:
+    """MiB of a training step of ResNet9 with Adam in fp32: counted, and from the allocator."""
+    batch = by_device(device, quick, small=8, cuda=1024, cpu=64)
+    recipe = Recipe(
+        model="ResNet9",
+        width=8 if quick else 32,
+        data="synthetic",
+        images=batch,
+        batch_size=batch,
+        device=device,
     )
-    work.step()  # the optimizer's state begins to exist
-    weights, state = (
-        list(work.network.parameters()),
-        [tensor for values in work.optimizer.state.values() for tensor in values.values()],
-    )
-    size = lambda tensors: sum(tensor.nbytes for tensor in tensors)
+    trainer = make_trainer(recipe)
+    trainer.step()  # creates the optimizer's state
+    weights = list(trainer.network.parameters())
+    buffers_bytes = sum(buffer.nbytes for buffer in trainer.network.buffers())
+    weights_bytes = sum(weight.nbytes for weight in weights)
     counted = {
-        "parameters": size([*weights, *work.network.buffers()]),
-        "gradients": size(weights),
-        "optimizer state": size(state),
-        "images": work.images.nbytes,
-        "activations": saved_tensor_bytes(work.loss, [*weights, work.images]),
+        "parameters": weights_bytes + buffers_bytes,
+        "gradients": weights_bytes,
+        "optimizer state": sum(
+            tensor.nbytes for state in trainer.optimizer.state.values() for tensor in state.values()
+        ),
+        "images": trainer.images.nbytes,
+        "activations": saved_tensor_bytes(trainer.loss, [*weights, trainer.images]),
     }
-    standing = counted["parameters"] + counted["optimizer state"] + counted["images"]
-    measured = {
-        "kept by the forward pass": allocated_bytes(work.loss, device)[0],
-        "most at once": standing + allocated_bytes(work.step, device)[1],
-    }
-    in_mib = lambda sizes: {name: bytes / 2**20 for name, bytes in sizes.items()}
-    return {"batch": batch, "counted": in_mib(counted), "measured": in_mib(measured)}
+    before = counted["parameters"] + counted["optimizer state"] + counted["images"]
+    kept, _ = allocated_bytes(trainer.loss, device)
+    _, peak = allocated_bytes(trainer.step, device)
+    measured = {"kept by the forward pass": kept, "most at once": before + peak}
+    return {"batch": batch, "counted": to_mib(counted), "measured": to_mib(measured)}
 
 
 @benchmark_mode()
-def training(device, quick=False):
-    """Training ResNet9 from plain fp32 to the fastest step here, images on the device: images/s, and the share of the measured bf16 matrix peak."""
+def training(device: Device, quick: bool = False) -> Figures:
+    """Throughput of ResNet9 from plain fp32 to the fastest step, and its share of the bf16 peak."""
     fast = fast_recipe(device, quick)
     plain = fast.replace(precision="fp32", memory_format="contiguous")
     steps = {
@@ -389,93 +413,104 @@ def training(device, quick=False):
         steps["+ compiled"] = make_trainer(fast.replace(compiler=compiler), fused=True).step
     with FlopCounterMode(display=False) as counter:
         make_trainer(plain.replace(images=4, batch_size=4)).step()
-    flop, size = counter.get_total_flops() / 4, 128 if quick else 8192 if device == "cuda" else 1024
-    peak = peaks.peak_flops("bf16", device, torch.get_num_threads(), size)[0]
+    flop_per_image = counter.get_total_flops() / 4
+    size = by_device(device, quick, small=128, cuda=8192, cpu=1024)
+    peak, _, _ = peaks.peak_flops("bf16", device, torch.get_num_threads(), size)
     found = benchmark_interleaved(steps, device, 3 if quick else 20, seconds=60)
     for figures in found.values():
         if "failed" not in add_throughput(figures, fast.batch_size):
-            figures["share_of_bf16_peak"] = figures["images_per_s"] * flop / peak
-    return {"recipe": fast.to_dict(), "flop_per_image": flop, "bf16_peak": peak, "ways": found}
+            figures["share_of_bf16_peak"] = figures["images_per_s"] * flop_per_image / peak
+    return {
+        "recipe": fast.to_dict(),
+        "flop_per_image": flop_per_image,
+        "bf16_peak": peak,
+        "ways": found,
+    }
 
 
 @benchmark_mode()
-def inference(device, quick=False, numbers=None):
-    """Seconds of a VGG19 forward pass over 1, 10 and 100 images of 224x224 (1,000 classes), way by way; errors are relative to plain fp32."""
-    numbers, found = numbers or ((1, 2) if quick else (1, 10, 100)), {}
-    for number in numbers:
+def inference(device: Device, quick: bool = False) -> Figures:
+    """Seconds of VGG19's forward pass on 1, 10 and 100 images of 224x224, with 1,000 classes.
+
+    Errors are relative to plain fp32.
+    """
+    counts = (1, 2) if quick else (1, 10, 100)
+    found = {}
+    for count in counts:
         torch.compiler.reset()
-        ways = inference_variants(device, quick, number, tune=number == numbers[-1])
-        times, exact = benchmark_interleaved(ways, device, 3 if quick else 20), ways["fp32"]()
+        ways = inference_variants(device, quick, count, tune=count == counts[-1])
+        times = benchmark_interleaved(ways, device, 3 if quick else 20)
+        exact = ways["fp32"]()
         for way, figures in times.items():
             if "failed" not in figures:
                 figures["error"] = finite_or_none(relative_error(ways[way](), exact))
-        found[str(number)] = times
-    return {
-        "model": "VGG19",
-        "width": 8 if quick else 64,
-        "image_size": 32 if quick else 224,
-        "images": found,
-    }
+        found[str(count)] = times
+    width, size = (8, 32) if quick else (64, 224)
+    return {"model": "VGG19", "width": width, "image_size": size, "images": found}
 
 
-def inference_variants(device, quick, number, tune):
-    """{way: function that returns the logits of `number` images}; `tune`: on a GPU let the compiler try kernels out, for a minute or two."""
-    size, width = (32, 8) if quick else (224, 64)
+def inference_variants(
+    device: Device, quick: bool, number: int, tune: bool
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Functions that return VGG19's logits for `number` images.
+
+    `tune`: on a GPU, let the compiler try kernels out, which takes a minute or two.
+    """
+    width, size = (8, 32) if quick else (64, 224)
     plain = build(Recipe(model="VGG19", width=width), (3, size, 1000)).to(device).eval()
     images = datasets.synthetic(number, size, 1000).train.tensors[0].to(device)
-    inner, narrow = (
-        techniques.channels_last(copy.deepcopy(plain)).to(dtype)
-        for dtype in (torch.float32, torch.bfloat16)
-    )
+    channels_last = techniques.channels_last(copy.deepcopy(plain))
+    bf16 = techniques.channels_last(copy.deepcopy(plain)).bfloat16()
     pixels = images.to(memory_format=torch.channels_last)
-    half = pixels.bfloat16()
+    bf16_pixels = pixels.bfloat16()
     ways = {
         "fp32": inference_fn(plain, images),
-        "channels_last": inference_fn(inner, pixels),
-        "bf16 autocast": inference_fn(inner, pixels, autocast=device),
-        "bf16 weights": inference_fn(narrow, half),
+        "channels_last": inference_fn(channels_last, pixels),
+        "bf16 autocast": inference_fn(channels_last, pixels, autocast=device),
+        "bf16 weights": inference_fn(bf16, bf16_pixels),
     }
     if device == "cuda":
-        ways |= {
-            "bf16 weights, CUDA graph": cuda_graphed(inference_fn(narrow, half)),
-            "conv + ReLU in one, CUDA graph": cuda_graphed(
-                inference_fn(fuse_conv_relu(narrow), half)
-            ),
-        }
+        fused = inference_fn(fuse_conv_relu(bf16), bf16_pixels)
+        ways["bf16 weights, CUDA graph"] = cuda_graphed(inference_fn(bf16, bf16_pixels))
+        ways["conv + ReLU in one, CUDA graph"] = cuda_graphed(fused)
     if can_compile(device, quick):
-        ways["bf16 autocast, compiled"] = inference_fn(
-            torch.compile(inner, dynamic=False), pixels, autocast=device
-        )
-        how = (
-            {"mode": "max-autotune-no-cudagraphs" if tune else "default"}
-            if device == "cuda"
-            else {"options": {"freezing": True}}
-        )
-        best = inference_fn(torch.compile(narrow, dynamic=False, **how), half)
-        ways |= (
-            {"bf16 weights, compiled, CUDA graph": cuda_graphed(best)}
-            if device == "cuda"
-            else {"bf16 weights, compiled, frozen": best}
-        )
+        compiled = torch.compile(channels_last, dynamic=False)
+        ways["bf16 autocast, compiled"] = inference_fn(compiled, pixels, autocast=device)
+        ways |= compiled_bf16(device, bf16, bf16_pixels, tune)
     return ways
 
 
-def inference_fn(model, images, autocast=None):
-    """A function that returns the model's logits of these images; `autocast`: the device type on which to take bf16."""
+def compiled_bf16(
+    device: Device, model: nn.Module, images: torch.Tensor, tune: bool
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """The fastest compiled version of a model with bf16 weights."""
+    if device == "cuda":
+        mode = "max-autotune-no-cudagraphs" if tune else "default"
+        compiled = torch.compile(model, dynamic=False, mode=mode)
+        return {"bf16 weights, compiled, CUDA graph": cuda_graphed(inference_fn(compiled, images))}
+    compiled = torch.compile(model, dynamic=False, options={"freezing": True})
+    return {"bf16 weights, compiled, frozen": inference_fn(compiled, images)}
 
-    @torch.no_grad()  # not inference_mode: a CUDA graph recorded in it may break the next one (pytorch issue 166792)
-    def logits():
+
+def inference_fn(
+    model: nn.Module, images: torch.Tensor, autocast: str | None = None
+) -> Callable[[], torch.Tensor]:
+    """A function that returns the model's logits; `autocast`: device type to run in bf16."""
+
+    # Not inference_mode: a CUDA graph captured in it may break the next (pytorch issue 166792).
+    @torch.no_grad()
+    def logits() -> torch.Tensor:
         with torch.autocast(autocast or "cpu", torch.bfloat16, enabled=autocast is not None):
             return model(images)
 
     return logits
 
 
-def fuse_conv_relu(model):
-    """The model with each convolution and the ReLU behind it as one call of cuDNN: what lies between never goes to memory. CUDA only."""
+def fuse_conv_relu(model: nn.Module) -> nn.Module:
+    """A copy in which cuDNN computes each convolution and its ReLU in one call. CUDA only."""
     model = copy.deepcopy(model)
     for stage in model:
-        for at, (conv, relu) in enumerate(zip(stage[:-1], stage[1:])):
+        for index, (conv, relu) in enumerate(zip(stage[:-1], stage[1:], strict=True)):
             if isinstance(conv, nn.Conv2d) and isinstance(relu, nn.ReLU):
                 conv.forward = partial(
                     torch.cudnn_convolution_relu,
@@ -486,36 +521,87 @@ def fuse_conv_relu(model):
                     dilation=conv.dilation,
                     groups=conv.groups,
                 )
-                stage[at + 1] = nn.Identity()
+                stage[index + 1] = nn.Identity()
     return model
 
 
-def add_throughput(figures, images):
-    """The figures of a step, with its images/s where it did not fail."""
-    if "failed" not in figures:
-        figures["images_per_s"] = images / figures["median"]
-    return figures
+MEASUREMENTS = {
+    "checks": checks,
+    "clock": clock,
+    "copies": copies,
+    "overlap": overlap,
+    "batch_sizes": batch_sizes,
+    "graphs": graphs,
+    "memory": memory,
+    "training": training,
+    "forward": inference,
+}
 
 
-def fast_recipe(device, quick):
-    """ResNet9 as it trains fast without compiling, at a batch that fills the device."""
-    precision = "bf16" if device == "cuda" or machine.describe().hardware["bf16"] else "fp32"
-    large = device == "cuda" and torch.cuda.get_device_properties(0).total_memory > 30e9
-    width, batch = (
-        (8, 16) if quick else (64, 2048 if large else 256) if device == "cuda" else (32, 128)
+def measure_all(device: Device, quick: bool = False) -> Iterator[tuple[str, Figures]]:
+    """Yield (name, figures) of each measurement, "machine" first.
+
+    `device`: "cpu" or "cuda"; `quick`: small sizes and no compilation. A measurement that raises
+    yields {"failed": message}, and the others go on.
+    """
+    here = machine.describe()
+    if device == "cuda" and not torch.cuda.is_available():
+        reason = here.missing.get("NVIDIA GPU", "torch finds none.")
+        raise CnnlabError(f"device='cuda' needs an NVIDIA GPU: {reason} Use device='cpu'.")
+    yield (
+        "machine",
+        {
+            **here.to_dict(),
+            "device": device,
+            "device_name": torch.cuda.get_device_name() if device == "cuda" else here.name,
+            "threads": torch.get_num_threads(),
+            "quick": quick,
+            "commit": record.git_commit(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
     )
-    return Recipe(
-        model="ResNet9",
-        width=width,
-        data="synthetic",
-        images=batch,
-        batch_size=batch,
-        optimizer="sgd",
-        device=device,
-        precision=precision,
-        memory_format="channels_last",
-    )
+    for name, measure in MEASUREMENTS.items():
+        start = time.perf_counter()
+        try:
+            figures = measure(device, quick)
+        except Exception as error:
+            figures = describe_failure(error)
+        yield name, {**figures, "took_s": time.perf_counter() - start}
 
 
-def can_compile(device, quick):
-    return not quick and (device == "cuda" or machine.describe().compiler is not None)
+def record_device(folder: Path, device: Device, quick: bool = False) -> Path:
+    """Write all measurements to a JSON file in `folder`, after each one, and return its path."""
+    from tqdm.auto import tqdm
+
+    path = folder / record.file_name("device", machine.describe().to_dict())
+    record.check_writable(path)
+    found: dict[str, Figures] = {}
+    with tqdm(total=len(MEASUREMENTS) + 1, desc=f"measuring {device}", leave=False) as bar:
+        for name, figures in measure_all(device, quick):
+            found[name] = figures
+            record.write_json(path, found)
+            if "failed" in figures:
+                bar.write(f"{name}: failed: {figures['failed']}", file=sys.stderr)
+            bar.update()
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, or 2 for what cannot be done."""
+    parser = argparse.ArgumentParser(description="Measure one device for the lessons.")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="where device-NAME.json goes")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--quick", action="store_true", help="small sizes, no compilation")
+    options = parser.parse_args(arguments)
+    try:
+        path = record_device(options.folder, options.device, options.quick)
+    except CnnlabError as error:
+        print(f"device.py: {error}", file=sys.stderr)
+        return 2
+    print(f"measured {options.device}: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
