@@ -221,7 +221,7 @@ def _read_lines(path: Path) -> tuple[list, str | None]:
             if number == len(lines) and number > 1:
                 return values, f"the last line ({number}) is torn"
             raise CnnlabError(
-                f"the record {path} is damaged: line {number} is not JSON. Record the run again."
+                f"the record {path} is damaged in line {number}: it is not JSON. Record it again."
             ) from None
     return values, None
 

@@ -150,7 +150,7 @@ def test_a_damaged_line_in_the_middle_is_named(saved):
     lines = saved.read_text().splitlines()
     lines[2] = lines[2][:-10]
     saved.write_text("\n".join(lines))
-    with pytest.raises(CnnlabError, match="damaged: line 3 is not JSON") as raised:
+    with pytest.raises(CnnlabError, match="damaged in line 3: it is not JSON") as raised:
         record.load(saved)
     assert str(saved) in str(raised.value)
 
