@@ -379,7 +379,7 @@ def test_the_command_line_goes_on_too(tmp_path, capsys):
     ]
     assert cli.main(words) == 0 and "step    10: checkpoint written" in capsys.readouterr().out
     assert (
-        cli.main(words) == 0 and "goes on from the checkpoint of step 10" in capsys.readouterr().out
+        cli.main(words) == 0 and "resuming from the checkpoint of step 10" in capsys.readouterr().out
     )
     assert (
         cli.main([*words, "--max-restarts", "-1"]) == 2
@@ -415,11 +415,11 @@ def test_the_command_line_starts_anew_as_often_as_it_may(
     said, error = capsys.readouterr()
     if restarts:
         assert (
-            "rank 1 failed: the process was killed. All ranks start anew, for time 1" in said
-            and "goes on from the checkpoint of step 5" in said
+            "rank 1 failed: the process was killed. Restart 1 of all ranks" in said
+            and "resuming from the checkpoint of step 5" in said
         )
     else:
-        assert "rank 1 failed: the process was killed" in error and "start anew" not in said
+        assert "rank 1 failed: the process was killed" in error and "Restart" not in said
 
 
 def started(recipe, folder):
