@@ -1,4 +1,4 @@
-"""Speedups of figures made up so that the truth is known, and how the figures are taken."""
+"""Speedups of synthetic figures with a known truth, and how recipes are measured."""
 
 import threading
 
@@ -46,59 +46,60 @@ def finished(rate=100.0, rank=0, warmup_s=1.0, accuracy=None, memory=300.0):
 def test_equal_ratios_give_the_exact_speedup():
     found = speedup(measurement("old", (100, 200, 50)), measurement("new", (150, 300, 75)))
     assert (found.value, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
-    assert found.significant and str(found).startswith("1.50x old")
+    assert found.significant and str(found).startswith("1.50x faster than old")
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_the_interval_holds_the_truth_as_often_as_it_says(paired):
-    """300 experiments of 5 pairs with 10% noise: 95% of the intervals hold 1.3 (5 standard deviations of slack)."""
+def test_95_percent_of_the_intervals_contain_the_truth(paired):
+    """300 experiments of 5 pairs with 10% noise, within 5 standard deviations."""
     random = np.random.default_rng(0)
-    held = 0
+    hits = 0
     for _ in range(300):
         a, b = 100 * np.exp(0.1 * random.standard_normal((2, 5))) * [[1], [1.3]]
         found = speedup(measurement("a", a), measurement("b", b), paired=paired)
         assert found.low < found.value < found.high
-        held += found.low <= 1.3 <= found.high
-    assert abs(held / 300 - 0.95) < 5 * (0.95 * 0.05 / 300) ** 0.5
+        hits += found.low <= 1.3 <= found.high
+    assert abs(hits / 300 - 0.95) < 5 * (0.95 * 0.05 / 300) ** 0.5
 
 
-def test_pairs_cancel_what_both_shared():
+def test_pairing_cancels_noise_that_both_share():
     a, b = measurement("a", (100, 200, 400)), measurement("b", (151, 299, 602))
     assert speedup(a, b).significant
     assert not speedup(a, b, paired=False).significant
 
 
-def test_noise_is_called_no_significant_difference():
+def test_noise_is_reported_as_no_significant_difference():
     found = speedup(measurement("old", (100, 110, 90)), measurement("new", (105, 95, 102)))
     assert not found.significant
     assert str(found).startswith("no significant difference from old")
 
 
-def test_a_slowdown_is_significant_too():
+def test_a_slowdown_is_significant_and_reported_as_slower():
     found = speedup(measurement("old", (100, 101, 99)), measurement("new", (50, 51, 49)))
     assert found.significant and found.high < 1
+    assert str(found).startswith("slower than old (0.50x, 95% CI ")
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_one_run_proves_nothing(paired):
+def test_the_interval_of_a_single_run_is_unbounded(paired):
     found = speedup(measurement("a", (100,)), measurement("b", (300,)), paired=paired)
     assert (found.value, found.low, found.high) == pytest.approx((3, 0, float("inf")))
     assert not found.significant
 
 
-def test_pairs_need_as_many_of_each():
+def test_pairs_need_equally_many_repeats():
     a, b = measurement("a", (100, 100)), measurement("b", (100, 101, 102))
     with pytest.raises(CnnlabError, match="a has 2 repeats and b 3.*paired=False"):
         speedup(a, b)
     assert speedup(a, b, paired=False).value > 1
 
 
-def test_quartiles_are_first_median_third():
+def test_quartiles_are_the_first_the_median_and_the_third():
     assert measurement(rates=(1, 2, 3, 4, 5)).quartiles == (2, 3, 4)
     assert measurement(rates=(7,)).quartiles == (7, 7, 7)
 
 
-def test_a_measurement_gathers_the_figures_of_its_repeats():
+def test_a_measurement_collects_the_figures_of_its_repeats():
     found = (
         measurement(rates=())
         .add(finished(100, memory=300, accuracy=0.5))
@@ -108,65 +109,52 @@ def test_a_measurement_gathers_the_figures_of_its_repeats():
     assert found.peak_memory_mib == 300 and found.accuracy == 0.5
 
 
-def test_compile_time_is_the_first_warm_up_above_its_steps():
+def test_compile_time_is_the_first_warmup_beyond_the_time_of_its_steps():
     compiled = Measurement(name="c", recipe=Recipe(compiler="inductor", warmup_steps=2))
-    assert compiled.add(finished(warmup_s=10.0)).add(
-        finished(warmup_s=1.0)
-    ).compile_s == pytest.approx(10 - 2 * 0.25)
+    compiled = compiled.add(finished(warmup_s=10.0)).add(finished(warmup_s=1.0))
+    assert compiled.compile_s == pytest.approx(10 - 2 * 0.25)
     assert measurement(rates=()).add(finished(warmup_s=10.0)).compile_s == 0
 
 
-def test_the_slowest_rank_counts():
+def test_the_slowest_rank_sets_the_pace():
     assert slowest_rank([finished(120, 0), finished(100, 1)]).rank == 1
-
-
-# How runs are taken
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Stands in for `launch.run`: remembers what it was asked to run."""
-    asked = []
+    """Replaces `launcher.run` and records the recipes that it is called with."""
+    calls = []
 
     def run(recipe, stop=None, env=None):
-        asked.append(recipe)
-        yield finished(
-            100.0 * (recipe.threads or 1) + len(asked), accuracy=0.5 if recipe.evaluate else None
-        )
+        calls.append(recipe)
+        rate = 100.0 * (recipe.threads or 1) + len(calls)
+        yield finished(rate, accuracy=0.5 if recipe.evaluate else None)
 
     monkeypatch.setattr("cnnlab.launch.launcher.run", run)
-    return asked
+    return calls
 
 
 def test_runs_are_interleaved(runs):
     recipes = {"slow": Recipe(threads=1), "fast": FAST}
     steps = list(measure_interleaved(recipes, repeats=3))
     assert [recipe.threads for recipe in runs] == [1, 2, 1, 2, 1, 2]
-    assert [tuple(len(m.images_per_s) for m in step.values()) for step in steps] == [
-        (1, 0),
-        (1, 1),
-        (2, 1),
-        (2, 2),
-        (3, 2),
-        (3, 3),
-    ]
+    counts = [(len(step["slow"].images_per_s), len(step["fast"].images_per_s)) for step in steps]
+    assert counts == [(1, 0), (1, 1), (2, 1), (2, 2), (3, 2), (3, 3)]
     assert steps[-1]["fast"].images_per_s == (202, 204, 206)
 
 
 def test_only_the_first_repeat_evaluates(runs):
-    assert [
-        m.accuracy
-        for m in list(measure_interleaved({"a": Recipe(), "b": FAST}, repeats=2))[-1].values()
-    ] == [0.5, 0.5]
+    *_, last = measure_interleaved({"a": Recipe(), "b": FAST}, repeats=2)
+    assert [measurement.accuracy for measurement in last.values()] == [0.5, 0.5]
     assert [recipe.evaluate for recipe in runs] == [True, True, False, False]
 
 
-def test_earlier_steps_keep_their_figures(runs):
+def test_earlier_results_are_not_changed_later(runs):
     first, *_ = list(measure_interleaved({"a": Recipe(), "b": FAST}, repeats=2))
     assert len(first["a"].images_per_s) == 1
 
 
-def test_a_stopped_measurement_keeps_what_it_has(monkeypatch):
+def test_a_stopped_measurement_ends_with_its_complete_runs(monkeypatch):
     stop = threading.Event()
 
     def run(recipe, stop=None, env=None):
@@ -194,29 +182,19 @@ def test_a_stopped_measurement_keeps_what_it_has(monkeypatch):
     ],
     ids=str,
 )
-def test_an_unfair_comparison_is_refused_with_the_field_and_its_values(runs, change):
-    ((name, value),) = change.items()
-    with pytest.raises(CnnlabError, match="not be fair.*allow_confounders") as refused:
-        next(measure_interleaved({"a": Recipe(), "b": FAST.replace(**change)}))
-    assert f"{name}: {getattr(Recipe(), name)}, {value}" in str(refused.value)
+def test_a_confounded_comparison_is_rejected_with_the_field_and_its_values(runs, change):
+    [(name, value)] = change.items()
+    recipes = {"a": Recipe(), "b": FAST.replace(**change)}
+    with pytest.raises(CnnlabError, match="is not fair.*allow_confounders=True") as rejected:
+        next(measure_interleaved(recipes))
+    assert f"{name}: {getattr(Recipe(), name)}, {value}" in str(rejected.value)
     assert not runs
-    assert list(
-        measure_interleaved(
-            {"a": Recipe(), "b": FAST.replace(**change)}, repeats=1, allow_confounders=True
-        )
-    )
+    assert list(measure_interleaved(recipes, repeats=1, allow_confounders=True))
 
 
-def test_a_technique_is_no_unfairness_and_one_can_name_ones_own():
-    assert (
-        confounders(
-            [
-                Recipe(),
-                FAST.replace(precision="bf16", loader="batch", memory_format="channels_last"),
-            ]
-        )
-        == {}
-    )
+def test_fields_of_the_technique_are_no_confounders_and_can_be_chosen():
+    technique = FAST.replace(precision="bf16", loader="batch", memory_format="channels_last")
+    assert confounders([Recipe(), technique]) == {}
     assert confounders([Recipe(), Recipe(batch_size=32), Recipe(batch_size=32, seed=1)]) == {
         "batch_size": [64, 32],
         "seed": [0, 1],
@@ -225,22 +203,22 @@ def test_a_technique_is_no_unfairness_and_one_can_name_ones_own():
     assert confounders([Recipe(), FAST], technique=("batch_size",)) == {"threads": [None, 2]}
 
 
-def test_a_run_that_was_stopped_between_the_ends_of_its_ranks_does_not_count(monkeypatch):
-    monkeypatch.setattr(
-        "cnnlab.launch.launcher.run", lambda recipe, stop=None, env=None: iter([finished(120, 0)])
-    )
+def test_a_run_stopped_before_all_its_ranks_finished_does_not_count(monkeypatch):
+    def run(recipe, stop=None, env=None):
+        yield finished(120, rank=0)
+
+    monkeypatch.setattr("cnnlab.launch.launcher.run", run)
     assert list(measure_interleaved({"a": Recipe(replicas=2)}, repeats=2)) == []
 
 
-def test_measured_gives_the_last_word(runs):
-    assert {
-        name: len(m.images_per_s)
-        for name, m in compare({"a": Recipe(), "b": FAST}, repeats=2).items()
-    } == {"a": 2, "b": 2}
+def test_compare_returns_the_final_measurements(runs):
+    found = compare({"a": Recipe(), "b": FAST}, repeats=2)
+    assert list(found) == ["a", "b"]
+    assert [len(measurement.images_per_s) for measurement in found.values()] == [2, 2]
 
 
 @pytest.mark.parametrize("repeats", [0, -1, 1.5, "3"])
-def test_repeats_must_be_a_count(runs, repeats):
+def test_repeats_must_be_a_positive_integer(runs, repeats):
     with pytest.raises(CnnlabError, match="repeats="):
         next(measure_interleaved({"a": Recipe(), "b": FAST}, repeats=repeats))
 
@@ -250,9 +228,11 @@ def test_real_runs_can_be_measured():
         data="synthetic", images=64, image_size=8, batch_size=16, steps=3, warmup_steps=1, threads=1
     )
     found = compare({"sample": recipe, "batch": recipe.replace(loader="batch")}, repeats=2)
-    for m in found.values():
-        assert len(m.images_per_s) == 2 and min(m.images_per_s) > 0
-        assert 0 <= m.accuracy <= 1 and m.compile_s == 0 and m.peak_memory_mib > 50
+    assert list(found) == ["sample", "batch"]
+    for measurement in found.values():
+        assert len(measurement.images_per_s) == 2 and min(measurement.images_per_s) > 0
+        assert 0 <= measurement.accuracy <= 1 and measurement.compile_s == 0
+        assert measurement.peak_memory_mib > 50
 
 
 def test_the_table_names_its_baseline_and_the_speedups():
@@ -261,17 +241,18 @@ def test_the_table_names_its_baseline_and_the_speedups():
     )
     _, old, new = text.splitlines()
     assert "100 (75 to 150)" in old and "the baseline" in old
-    assert "150 (112 to 225)" in new and "1.50x old" in new
-    assert (
-        "the baseline"
-        in speedup_table({"a": measurement("a"), "b": measurement("b")}, baseline="b").splitlines()[
-            2
-        ]
-    )
+    assert "150 (112 to 225)" in new and "1.50x faster than old" in new
+    text = speedup_table({"a": measurement("a"), "b": measurement("b")}, baseline="b")
+    assert "the baseline" in text.splitlines()[2]
 
 
-def test_a_speedup_says_its_interval():
-    assert (
-        str(Speedup(value=2, low=1.5, high=2.6, baseline="x"))
-        == "2.00x x (95% confidence 1.50 to 2.60)"
-    )
+@pytest.mark.parametrize(
+    "value, low, high, expected",
+    [
+        (2, 1.5, 2.6, "2.00x faster than x (95% CI 1.50 to 2.60)"),
+        (0.5, 0.4, 0.6, "slower than x (0.50x, 95% CI 0.40 to 0.60)"),
+        (1.1, 0.9, 1.3, "no significant difference from x (1.10x, 95% CI 0.90 to 1.30)"),
+    ],
+)
+def test_a_speedup_is_printed_with_its_interval(value, low, high, expected):
+    assert str(Speedup(value=value, low=low, high=high, baseline="x")) == expected

@@ -1,4 +1,4 @@
-"""The scaling laws at points that can be worked out by hand."""
+"""The scaling laws at points that can be computed by hand."""
 
 import pytest
 
@@ -22,20 +22,20 @@ def test_gustafson(workers, serial, expected):
     assert gustafson(workers, serial) == pytest.approx(expected)
 
 
-def test_the_laws_take_lists_of_workers():
+def test_the_laws_accept_lists_of_workers():
     assert amdahl([1, 2], 0.5).tolist() == pytest.approx([1, 4 / 3])
     assert gustafson([1, 2], 0.5).tolist() == [1, 1.5]
 
 
 @pytest.mark.parametrize("law", [amdahl, gustafson])
 @pytest.mark.parametrize("serial", [-0.1, 1.1, float("nan")])
-def test_a_share_outside_0_to_1_is_refused(law, serial):
+def test_a_fraction_outside_0_to_1_is_rejected(law, serial):
     with pytest.raises(CnnlabError, match=f"serial={serial}.*0 to 1"):
         law(2, serial)
 
 
 @pytest.mark.parametrize("serial", [0.0, 0.1, 0.5, 1.0])
-def test_the_fit_finds_the_share_that_made_the_points(serial):
+def test_the_fit_recovers_the_fraction_behind_the_points(serial):
     workers = [1, 2, 4, 8]
     assert fit_serial_fraction(workers, amdahl(workers, serial)) == pytest.approx(serial, abs=1e-9)
 
@@ -43,10 +43,10 @@ def test_the_fit_finds_the_share_that_made_the_points(serial):
 @pytest.mark.parametrize(
     "bytes, ranks, latency_s, bytes_per_s, expected",
     [
-        (1e6, 1, 0.1, 1e6, 0),  # nobody to send to
-        (1e6, 2, 0.1, 1e6, 2 * (0.1 + 0.5)),  # each half goes there, and its sum comes back
+        (1e6, 1, 0.1, 1e6, 0),  # no other rank
+        (1e6, 2, 0.1, 1e6, 2 * (0.1 + 0.5)),  # each half is sent, and its sum comes back
         (1e6, 4, 0.0, 1e6, 1.5),
-        (1e6, 1000, 0.0, 1e6, 1.998),  # hardly more with many ranks: 2 bytes over the bandwidth
+        (1e6, 1000, 0.0, 1e6, 1.998),  # approaches twice the bytes over the bandwidth
         (0, 4, 0.1, 1e6, 0.6),
         (1e6, 3, 0.0, float("inf"), 0),
     ],
@@ -55,11 +55,11 @@ def test_a_ring_all_reduce(bytes, ranks, latency_s, bytes_per_s, expected):
     assert all_reduce_seconds(bytes, ranks, latency_s, bytes_per_s) == pytest.approx(expected)
 
 
-def test_the_fit_stays_a_share():
+def test_the_fit_stays_between_0_and_1():
     assert fit_serial_fraction([1, 2], [1, 3]) == 0  # faster than ideal
     assert fit_serial_fraction([1, 2], [1, 0.5]) == 1  # slower than one worker
 
 
-def test_a_fit_to_one_worker_is_refused():
+def test_a_fit_to_one_worker_is_rejected():
     with pytest.raises(CnnlabError, match="more than one worker"):
         fit_serial_fraction([1, 1], [1, 1])
