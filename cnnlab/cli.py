@@ -61,8 +61,8 @@ def parse(words: Sequence[str]) -> "Doctor | Train | Ladder | Replay":
     def cli(train: Train) -> Any:
         train_command = Annotated[Train, tyro.conf.subcommand(default=train)]
         commands = Doctor | train_command | Ladder | Replay
-        description = "Train one CNN, measure it honestly, make it faster."
-        return tyro.cli(commands, prog="python -m cnnlab", description=description, args=words)
+        about = "Train one CNN, measure it honestly, make it faster."
+        return tyro.cli(commands, prog="python -m cnnlab", description=about, args=words)
 
     command = cli(Train())
     if isinstance(command, Train) and command.recipe_file:
@@ -134,15 +134,16 @@ class Train:
     def run(self) -> None:
         """Train in new processes; under torchrun, as one of its ranks, of which rank 0 prints."""
         recipe = Recipe(**self.recipe.to_dict())
+        checkpoints = str(self.checkpoint) if self.checkpoint else None
         if under_torchrun():
             from cnnlab.launch.worker import train_under_torchrun
 
             recipe = recipe.replace(replicas=int(os.environ["WORLD_SIZE"]))
-            stream = train_under_torchrun(recipe, self.checkpoint)
+            stream = train_under_torchrun(recipe, checkpoints)
         else:
             from cnnlab.launch.launcher import run
 
-            stream = run(recipe, checkpoints=self.checkpoint, max_restarts=self.max_restarts)
+            stream = run(recipe, checkpoints=checkpoints, max_restarts=self.max_restarts)
         if under_torchrun() and os.environ["RANK"] != "0":
             exhaust(stream)
         elif self.record:
@@ -184,8 +185,10 @@ class Ladder:
         for path in json_files + ([self.png] if self.png else []):
             record.check_writable(path)
         rungs, impossible = techniques(here)
-        if self.quick and rungs.pop("compiled except pooling", None):
-            impossible["compiled except pooling"] = "--quick compiles only once"
+        skipped = "compiled except pooling"
+        if self.quick and skipped in rungs:
+            del rungs[skipped]
+            impossible[skipped] = "--quick compiles only once"
         result = self.climb(recipe, rungs, impossible, json_files)
         for name, reason in impossible.items():
             print(f"{name:24} not tried: {reason}")
