@@ -31,6 +31,7 @@ from cnnlab.events import Event
 from cnnlab.launch.failures import Kind, Message, enable_stack_dumps
 from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training import checkpoint, techniques
+from cnnlab.training.async_loop import train_async
 from cnnlab.training.loop import train
 
 COLLECTIVE_TIMEOUT_S = 60  # A collective that takes longer has lost a rank.
@@ -87,6 +88,8 @@ def call_once(rank: int, world: int, function: Callable, args: tuple) -> Iterato
 
 def train_rank(rank: int, world: int, recipe: Recipe, checkpoints: str | None) -> Iterator[Event]:
     """Train one rank of `recipe` and yield its events."""
+    if recipe.strategy == "async" and world > 1:
+        return train_async(recipe, rank, world)
     return train(recipe, rank, world, checkpoints)
 
 

@@ -1,7 +1,9 @@
-"""How the replicas of a model stay equal: DDP and its hooks, the ring by hand, averaging, shared parameters; a slow network."""
+"""Data parallelism: DDP, the ring all-reduce by hand, and averaging parameters (local SGD)."""
 
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,113 +11,119 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
-from cnnlab.parallel.async_sgd import SharedParameters
 from cnnlab.parallel.simulated_network import make_link
+from cnnlab.recipe import Recipe
+
+COMPRESSION_HOOKS: dict[str, Any] = {
+    "none": default_hooks.allreduce_hook,
+    "fp16": default_hooks.fp16_compress_hook,
+    "bf16": default_hooks.bf16_compress_hook,
+    "powersgd": powerSGD_hook.powerSGD_hook,
+}
 
 
-def wrap_ddp(model, recipe, device, clock):
-    """One copy in each rank (DDP); gradients are averaged over all ranks, bucket by bucket, while backward goes on."""
-    bucket_mb = (
-        2**20 if recipe.compression == "powersgd" else recipe.bucket_mb
-    )  # gloo takes PowerSGD in one bucket only
-    model = nn.parallel.DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, bucket_cap_mb=bucket_mb
-    )
-    hook, state = {
-        "none": (default_hooks.allreduce_hook, None),
-        "fp16": (default_hooks.fp16_compress_hook, None),
-        "bf16": (default_hooks.bf16_compress_hook, None),
-        "powersgd": (
-            powerSGD_hook.powerSGD_hook,
-            powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2),
-        ),
-    }[recipe.compression]
+def wrap_ddp(model: nn.Module, recipe: Recipe, device: torch.device, clock: Any) -> nn.Module:
+    """Average gradients over the ranks with DDP: bucket by bucket, while backward is running.
 
-    def timed(state, bucket):
-        began = time.perf_counter()
-        return hook(state, bucket).then(
-            lambda sent: clock.record_communication(began) or sent.value()
-        )
+    On the CPU, `clock` (a `training.clock.Clock`) records when.
+    """
+    bucket_mb, state = recipe.bucket_mb, None
+    if recipe.compression == "powersgd":
+        bucket_mb = 2**20  # one bucket, because PowerSGD fails with several on gloo
+        state = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2)
+    device_ids = [device.index] if device.type == "cuda" else None
+    ddp = nn.parallel.DistributedDataParallel(model, device_ids, bucket_cap_mb=bucket_mb)
+    hook = COMPRESSION_HOOKS[recipe.compression]
+
+    def timed_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        began_at = time.perf_counter()
+
+        def record(reduced):
+            clock.record_communication(began_at)
+            return reduced.value()
+
+        return hook(state, bucket).then(record)
 
     if device.type == "cpu":
-        model.register_comm_hook(state, timed)
+        ddp.register_comm_hook(state, timed_hook)
     elif recipe.compression != "none":
-        model.register_comm_hook(state, hook)
-    return model
+        ddp.register_comm_hook(state, hook)
+    return ddp
 
 
-def gradient_sync(model, really):
-    """Where not `really`: a context in which backward adds up gradients but sends none (DDP's `no_sync`)."""
-    return nullcontext() if really or not hasattr(model, "no_sync") else model.no_sync()
+def gradient_sync(model: Any, enabled: bool) -> AbstractContextManager:
+    """Unless `enabled`, a context in which DDP accumulates gradients locally (`no_sync`)."""
+    if enabled or not hasattr(model, "no_sync"):
+        return nullcontext()
+    return model.no_sync()
 
 
-def register_sync_hooks(optimizer, model, recipe, world, clock):
-    """For the strategies beside DDP: what the ranks do just before or after each step of the optimizer.
-
-    Returns the `SharedParameters` of strategy async, else None.
-    """
-    if world == 1 or recipe.strategy in (None, "ddp"):
-        return None
+def register_sync_hooks(
+    optimizer: torch.optim.Optimizer, model: nn.Module, recipe: Recipe, world: int, clock: Any
+) -> None:
+    """Let the strategies ring and local-sgd communicate before or after each optimizer step."""
+    if world == 1:
+        return
     if recipe.strategy == "ring":
         optimizer.register_step_pre_hook(lambda *_: average_gradients(model, recipe, clock))
     elif recipe.strategy == "local-sgd":
-        averager = PeriodicModelAverager(
-            recipe.sync_every, warmup_steps=recipe.sync_every - 1
-        )  # after every so many steps
+        period = recipe.sync_every
+        averager = PeriodicModelAverager(period, warmup_steps=period - 1)
+        average = averager.average_parameters
         optimizer.register_step_post_hook(
-            lambda *_: clock.timed_communication(
-                averager.average_parameters, model.parameters()
-            )
+            lambda *_: clock.timed_communication(average, model.parameters())
         )
-    else:
-        shared = SharedParameters(model, recipe.staleness, make_link(recipe))
-        optimizer.register_step_post_hook(
-            lambda *_: clock.timed_communication(shared.push_pull, model)
-        )
-        return shared
 
 
-def average_gradients(model, recipe, clock):
-    """Each gradient becomes its mean over all ranks, after backward, in one ring all-reduce of all of them."""
-    gradients = [
-        parameter.grad for parameter in model.parameters() if parameter.grad is not None
-    ]
-    flat = torch.cat(
-        [gradient.reshape(-1) for gradient in gradients]
-    ).cpu()  # gloo carries it: NCCL's sends would wait for each other
+def average_gradients(model: nn.Module, recipe: Recipe, clock: Any) -> None:
+    """Average all gradients over the ranks after backward, in one ring all-reduce."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    flat = flat.cpu()  # for gloo, because NCCL's sends would deadlock in the ring
     link = make_link(recipe)
     clock.timed_communication(ring_all_reduce, flat, link and link.transfer)
-    for gradient, mean in zip(
-        gradients,
-        (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients]),
-    ):
+    flat /= dist.get_world_size()
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 
-def ring_all_reduce(tensor, on_message=None):
-    """The sum over all ranks, in place; each sends 2 (N - 1) messages of 1/N of the tensor to the next: Patarasuk and Yuan (2009).
+def ring_all_reduce(
+    tensor: torch.Tensor, on_message: Callable[[int], object] | None = None
+) -> None:
+    """Sum the tensor over all ranks, in place, with messages to the next rank only.
 
-    First every chunk travels once around and is added to (reduce-scatter), then the sums travel around (all-gather).
-    `on_message(bytes)` is called after each message.
+    Reduce-scatter: each chunk travels around the ring, and ranks add to it. All-gather: the sums
+    travel around. Each rank sends 2 (N - 1) messages of 1/N of the tensor (Patarasuk and Yuan,
+    2009) and calls `on_message(bytes)` after each.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     chunks = tensor.tensor_split(world)
     for step in range(2 * (world - 1)):
-        incoming = torch.empty_like(chunks[(rank - step - 1) % world])
-        sent = dist.isend(chunks[(rank - step) % world], (rank + 1) % world)
+        outgoing = chunks[(rank - step) % world]
+        chunk = chunks[(rank - step - 1) % world]
+        incoming = torch.empty_like(chunk)
+        sent: Any = dist.isend(outgoing, (rank + 1) % world)
         dist.recv(incoming, (rank - 1) % world)
         sent.wait()
-        if on_message:
+        if on_message is not None:
             on_message(incoming.nbytes)
-        mine = chunks[(rank - step - 1) % world]
-        mine.copy_(mine + incoming if step < world - 1 else incoming)
+        if step < world - 1:
+            chunk += incoming
+        else:
+            chunk.copy_(incoming)
 
 
-def average_model(model):
-    """(For evaluation:) every parameter becomes its mean over the ranks, every buffer, such as a running mean, rank 0's."""
+def average_model(model: nn.Module) -> nn.Module:
+    """Average the parameters over the ranks, in place, and take rank 0's buffers."""
     for parameter in model.parameters():
         dist.all_reduce(parameter.data)
         parameter.data /= dist.get_world_size()
+    broadcast_buffers(model)
+    return model
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Take rank 0's buffers, because batch-norm statistics differ between ranks."""
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
-    return model

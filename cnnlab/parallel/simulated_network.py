@@ -1,66 +1,74 @@
-"""How speedup ought to grow with the number of workers: the laws that measured points are held against. How the replicas of a model stay equal: DDP and its hooks, the ring by hand, averaging, shared parameters; a slow network."""
+"""A slow network and a slow rank, simulated: what parallel training costs on other machines."""
 
 import threading
 import time
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+from cnnlab.recipe import Recipe
 
 
-def all_reduce_seconds(bytes, ranks, latency_s=0.0, bytes_per_s=float("inf")):
-    """Seconds of a ring all-reduce by the alpha-beta model: every message costs a latency, and its bytes over the bandwidth.
+def all_reduce_seconds(
+    bytes: int, ranks: int, latency_s: float = 0.0, bytes_per_s: float = float("inf")
+) -> float:
+    """Seconds of a ring all-reduce in the alpha-beta model: a latency and a bandwidth per message.
 
-    T = 2 (N - 1) (alpha + bytes / (N beta)): Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication" (2005).
+    T = 2 (N - 1) (alpha + bytes / (N beta)): Thakur, Rabenseifner and Gropp, "Optimization of
+    Collective Communication Operations in MPICH" (2005).
     """
     return 2 * (ranks - 1) * (latency_s + bytes / ranks / bytes_per_s)
 
 
-def simulate_straggler(model, recipe):
-    """The last rank sleeps in each training step: slower than the others, on purpose."""
-    late = recipe.straggler_ms / 1000
-    if late and dist.get_rank() == dist.get_world_size() - 1:
-        model.register_forward_pre_hook(
-            lambda module, _: time.sleep(late) if module.training else None
-        )
+def simulate_straggler(model: nn.Module, recipe: Recipe) -> None:
+    """Make the last rank sleep for `recipe.straggler_ms` in each training step."""
+    delay_s = recipe.straggler_ms / 1000
+
+    def sleep(module: nn.Module, inputs: tuple) -> None:
+        if module.training:
+            time.sleep(delay_s)
+
+    if delay_s and dist.get_rank() == dist.get_world_size() - 1:
+        model.register_forward_pre_hook(sleep)
 
 
 class SimulatedLink:
-    """A link that is slow on purpose, SIMULATED: one message at a time, each as late as the alpha-beta model says."""
+    """A slow link that carries one message at a time. Its delays follow the alpha-beta model."""
 
-    def __init__(self, latency_s, bytes_per_s):
-        self.latency_s, self.bytes_per_s, self.free, self.lock = (
-            latency_s,
-            bytes_per_s,
-            0.0,
-            threading.Lock(),
-        )
+    def __init__(self, latency_s: float, bytes_per_s: float) -> None:
+        self.latency_s = latency_s
+        self.bytes_per_s = bytes_per_s
+        self.free_at = 0.0
+        self.lock = threading.Lock()
 
-    def transfer(self, bytes):
-        """Sleep as long as one message of so many bytes would take."""
+    def transfer(self, bytes: int) -> None:
+        """Sleep as long as a message of this size would take."""
         self.occupy(self.latency_s + bytes / self.bytes_per_s)
 
-    def occupy(self, seconds):
-        with self.lock:  # messages queue up: those before this one go first
-            self.free = max(self.free, time.perf_counter()) + seconds
-            wait = self.free - time.perf_counter()
-        time.sleep(max(0.0, wait))
+    def occupy(self, seconds: float) -> None:
+        """Wait until all earlier messages have passed, then sleep for so many seconds."""
+        with self.lock:
+            self.free_at = max(self.free_at, time.perf_counter()) + seconds
+            wait_s = self.free_at - time.perf_counter()
+        time.sleep(max(0.0, wait_s))
 
 
-def make_link(recipe):
-    """The recipe's `SimulatedLink`, or None where it asks for none."""
+def make_link(recipe: Recipe) -> SimulatedLink | None:
+    """The recipe's simulated link; None if the recipe simulates no network."""
     if not recipe.latency_ms and not recipe.bandwidth_mbit:
         return None
-    return SimulatedLink(
-        recipe.latency_ms / 1000, (recipe.bandwidth_mbit or float("inf")) * 1e6 / 8
-    )
+    bandwidth_mbit = recipe.bandwidth_mbit or float("inf")
+    return SimulatedLink(recipe.latency_ms / 1000, bandwidth_mbit * 1e6 / 8)
 
 
-def simulate_network(link):
-    """Every all-reduce of this process, whoever asks for it, then takes as long as on that network, were it a ring."""
-    at_once = dist.all_reduce
+def simulate_network(link: SimulatedLink) -> None:
+    """Delay `dist.all_reduce`, which DDP calls too, to the time of a ring over such links."""
+    fast_all_reduce = dist.all_reduce
 
     def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
-        work, arrived = at_once(tensor, op, group, async_op=True), torch.futures.Future()
+        work = fast_all_reduce(tensor, op, group, async_op=True)
+        delayed: torch.futures.Future = torch.futures.Future()
         seconds = all_reduce_seconds(
             tensor.nbytes, dist.get_world_size(group), link.latency_s, link.bytes_per_s
         )
@@ -69,18 +77,27 @@ def simulate_network(link):
             try:
                 work.wait()
                 link.occupy(seconds)
-                arrived.set_result([tensor])
-            except Exception as error:  # a peer is gone: those who wait must hear of it
-                arrived.set_exception(error)
+                delayed.set_result([tensor])
+            except Exception as error:  # a peer is gone: raise this in the waiting thread
+                delayed.set_exception(error)
 
         threading.Thread(target=deliver, daemon=True).start()
-        return DelayedWork(arrived) if async_op else arrived.wait() and None
+        if async_op:
+            return DelayedWork(delayed)
+        delayed.wait()
+        return None
 
     dist.all_reduce = all_reduce
 
 
 class DelayedWork:
-    """What an asynchronous collective returns."""
+    """The handle of an asynchronous all-reduce, with the part of `dist.Work` that DDP uses."""
 
-    def __init__(self, future):
-        self.get_future, self.wait = lambda: future, future.wait
+    def __init__(self, future: torch.futures.Future) -> None:
+        self.future = future
+
+    def get_future(self) -> torch.futures.Future:
+        return self.future
+
+    def wait(self) -> list[torch.Tensor]:
+        return self.future.wait()

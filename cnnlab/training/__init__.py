@@ -1,1 +1,1 @@
-"""Training on one rank: the loop, the techniques, the clock, checkpoints."""
+"""Training on one rank: the loops, the techniques, the clock, checkpoints."""

@@ -1,47 +1,50 @@
-"""Checkpoints: all that a run needs to go on where it was, written by all ranks together, whole or not at all."""
+"""Checkpoints: everything a run needs to resume, written by all ranks together, atomically."""
 
 import json
 import os
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from cnnlab.events import Checkpointed
 from cnnlab.recipe import CnnlabError, Recipe, changes
+from cnnlab.record import cannot_write
 
-MAX_KEPT = 2  # the newest ones
-
-
-RESUME_FIELDS = (
-    "model",
-    "width",
-    "data",
-    "images",
-    "image_size",
-    "classes",
-    "batch_size",
-    "augment",
-    "optimizer",
-    "learning_rate",
-    "schedule",
-    "seed",
-)  # fields of the recipe that a run cannot change half-way
-
-
+MAX_KEPT = 2  # newest checkpoints; older ones are deleted
 RECIPE_FILE = "recipe.json"
 
+# Fields of the recipe that must not change when a run resumes.
+RESUME_FIELDS = {"model", "width", "data", "images", "image_size", "classes", "batch_size"}
+RESUME_FIELDS |= {"augment", "optimizer", "learning_rate", "schedule", "seed"}
 
-def save(folder, step, recipe, *state):
-    """Write `folder/step-N` with torch.distributed.checkpoint and return the event. Other numbers of ranks can load it.
 
-    It takes its name only when all ranks have written their part: one that was interrupted is never loaded.
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a training step changes, and so what a checkpoint holds."""
+
+    network: nn.Module  # the plain model: saved and evaluated
+    model: nn.Module  # the same with DDP and compilation applied: trained
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+
+
+def save(folder: str, step: int, recipe: Recipe, state: TrainState) -> Checkpointed:
+    """Write `folder/step-N`, which any number of ranks can load, or raise `CnnlabError`.
+
+    It gets its name only when all ranks have written their parts, so that an interrupted checkpoint
+    is never loaded.
     """
-    import torch.distributed.checkpoint as dcp  # here, for it takes half a second, which runs without checkpoints need not
+    import torch.distributed.checkpoint as dcp  # here, because importing it takes 0.5 s
     from torch.distributed.checkpoint.api import CheckpointException
 
     began, rank = time.perf_counter(), _rank()
@@ -50,18 +53,15 @@ def save(folder, step, recipe, *state):
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
     _barrier()
-    planner = dcp.DefaultSavePlanner(
-        dedup_save_to_lowest_rank=True
-    )  # rank 0's batch-norm statistics count, as in training
-    with _suppress_warnings():
-        try:
-            dcp.save(
-                {**_state_dicts(*state), **_rng_states(recipe), "step": step},
-                checkpoint_id=part,
-                planner=planner,
-            )
-        except CheckpointException as error:  # the same in all ranks, and no Exception
-            raise _cannot_write(folder, next(iter(error.failures.values()))[0]) from None
+    values = {**_state_dicts(state), **_rng_states(recipe), "step": step}
+    # Batch-norm statistics differ between ranks: those of rank 0 count, as in evaluation.
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    try:
+        with _without_warnings():
+            dcp.save(values, checkpoint_id=part, planner=planner)
+    except CheckpointException as error:  # the same in all ranks; not a subclass of Exception
+        reason, _ = next(iter(error.failures.values()))
+        raise cannot_write(folder, reason) from None
     _barrier()
     if rank == 0:
         try:
@@ -69,128 +69,140 @@ def save(folder, step, recipe, *state):
             shutil.rmtree(path, ignore_errors=True)
             os.replace(part, path)
         except OSError as error:
-            raise _cannot_write(folder, error) from None
+            raise cannot_write(folder, error) from None
         for old in _list_checkpoints(folder)[:-MAX_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     return Checkpointed(rank=rank, step=step, path=str(path), took_s=time.perf_counter() - began)
 
 
-def resume(folder, recipe, model, optimizer, schedule, scaler):
-    """Load the newest checkpoint of `folder` into these; returns its step, 0 where there is none."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+def resume(folder: str, recipe: Recipe, state: TrainState, steps: int) -> int:
+    """Load the newest checkpoint in `folder` into `state`; return its step, or 0 without one.
 
-    newest = _list_checkpoints(folder)[-1:] or [None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(
-            newest
-        )  # rank 0's choice: over a network, other machines may see the folder as it was before
-    [newest] = newest
+    Raises `CnnlabError` if it is damaged, of another recipe, or has already done all `steps`.
+    """
+    newest = _newest_checkpoint(folder)
     if newest is None:
         return 0
     _check_recipe(newest, recipe)
-    try:
-        known = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
-        random = {
-            name: state for name, state in _rng_states(recipe).items() if name in known
-        }  # else this rank was not there before
-        values = {**_state_dicts(model, optimizer, schedule, scaler), **random, "step": 0}
-        with _suppress_warnings():
-            dcp.load(values, checkpoint_id=newest)
-        model.load_state_dict(values["model"])
-        set_optimizer_state_dict(model, optimizer, values["optimizer"])
-        schedule.load_state_dict(values["schedule"])
-        scaler.load_state_dict(values["scaler"])
-    except (Exception, CheckpointException) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise _cannot_load(newest, reason[-1]) from None
-    for name in random:
-        (torch.cuda if "cuda" in name else torch).set_rng_state(values[name])
-    return values["step"]
+    first = _load(newest, recipe, state)
+    # A restarted run may have failed after its last step: then only the evaluation is left.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if first > steps or (first == steps and not restarted):
+        raise CnnlabError(
+            f"the newest checkpoint in {folder} has done {first} steps, and steps={steps} asks for "
+            f"no more. Raise epochs or steps, or choose another folder."
+        )
+    return first
 
 
-def check_supported(folder, recipe):
-    """Raise `CnnlabError` where this recipe cannot keep checkpoints in that folder."""
+def check_supported(folder: str | Path, recipe: Recipe) -> None:
+    """Raise `CnnlabError` if this recipe cannot write checkpoints to that folder."""
     if recipe.strategy in ("local-sgd", "async"):
         raise CnnlabError(
-            f"strategy={recipe.strategy!r} keeps no checkpoints: its ranks differ at every moment. Take strategy='ddp'."
+            f"strategy={recipe.strategy!r} does not support checkpoints, because its ranks have "
+            f"different parameters. Use strategy='ddp'."
         )
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _cannot_write(folder, error) from None
+        raise cannot_write(folder, error) from None
     if not os.access(folder, os.W_OK):
-        raise _cannot_write(folder, PermissionError(13, "Permission denied"))
+        raise cannot_write(folder, PermissionError(13, "Permission denied"))
 
 
-def _check_recipe(path, recipe):
+def _newest_checkpoint(folder: str) -> Path | None:
+    newest = [None, *_list_checkpoints(folder)][-1:]
+    if dist.is_initialized():
+        dist.broadcast_object_list(newest)  # network file systems may show ranks an older folder
+    return newest[0]
+
+
+def _check_recipe(path: Path, recipe: Recipe) -> None:
     try:
-        before = Recipe.from_dict(json.loads((path / RECIPE_FILE).read_text(encoding="utf-8")))
+        saved = Recipe.from_dict(json.loads((path / RECIPE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise _cannot_load(path, error) from None
-    same = RESUME_FIELDS + (
-        ("epochs", "steps") if recipe.schedule == "cosine" else ()
-    )  # it has come down, and would go up again
+    fixed = set(RESUME_FIELDS)
+    if recipe.schedule == "cosine":
+        fixed |= {"epochs", "steps"}  # the learning rate has already followed them
     differing = [
-        f"{name}={then}, now {now}"
-        for name, (then, now) in changes(before, recipe).items()
-        if name in same
+        f"{name}={before}, now {now}"
+        for name, (before, now) in changes(saved, recipe).items()
+        if name in fixed
     ]
     if differing:
         raise CnnlabError(
-            f"the checkpoint {path} is of another recipe ({'; '.join(differing)}). Take that recipe, or name another folder."
+            f"the checkpoint {path} is of another recipe ({'; '.join(differing)}). Use that "
+            f"recipe, or choose another folder."
         )
 
 
-def _state_dicts(model, optimizer, schedule, scaler):
+def _load(path: Path, recipe: Recipe, state: TrainState) -> int:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    try:
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        rng_states = {name: rng for name, rng in _rng_states(recipe).items() if name in saved}
+        values = {**_state_dicts(state), **rng_states, "step": 0}
+        with _without_warnings():
+            dcp.load(values, checkpoint_id=path)
+        state.network.load_state_dict(values["model"])
+        set_optimizer_state_dict(state.network, state.optimizer, values["optimizer"])
+        state.schedule.load_state_dict(values["schedule"])
+        state.scaler.load_state_dict(values["scaler"])
+    except (Exception, CheckpointException) as error:
+        raise _cannot_load(path, error) from None
+    for name in rng_states:  # none if the saved run did not have this rank
+        generator = torch.cuda if "cuda" in name else torch
+        generator.set_rng_state(values[name])
+    return values["step"]
+
+
+def _state_dicts(state: TrainState) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     return {
-        "model": model.state_dict(),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "schedule": schedule.state_dict(),
-        "scaler": scaler.state_dict(),
+        "model": state.network.state_dict(),
+        "optimizer": get_optimizer_state_dict(state.network, state.optimizer),
+        "schedule": state.schedule.state_dict(),
+        "scaler": state.scaler.state_dict(),
     }
 
 
-def _rng_states(recipe):
-    """The states of this rank's random numbers, by their names in a checkpoint."""
+def _rng_states(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """The states of this rank's random number generators, by their names in a checkpoint."""
     states = {f"random-{_rank()}": torch.get_rng_state()}
     if recipe.device == "cuda":
         states[f"random-cuda-{_rank()}"] = torch.cuda.get_rng_state()
     return states
 
 
-def _list_checkpoints(folder):
+def _list_checkpoints(folder: str) -> list[Path]:
     return sorted(path for path in Path(folder).glob("step-*") if path.suffix != ".part")
 
 
-def _rank():
+def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _barrier():
+def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextmanager
-def _suppress_warnings():
-    """DCP warns that one process alone is one process alone."""
+def _without_warnings() -> Iterator[None]:
+    """Hide the warning that a single process has no process group."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _cannot_load(path, reason):
+def _cannot_load(path: Path, error: BaseException) -> CnnlabError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return CnnlabError(
-        f"the checkpoint {path} cannot be loaded: it is damaged, or of another version ({reason}). Delete it, and the run goes on "
-        f"from the one before."
-    )
-
-
-def _cannot_write(folder, error):
-    return CnnlabError(
-        f"cannot write checkpoints to {folder}: {getattr(error, 'strerror', None) or error}. Name a folder that you may write to and that has room."
+        f"the checkpoint {path} cannot be loaded: it is damaged, or of another version "
+        f"({lines[-1]}). Delete it, and the run resumes from the one before."
     )

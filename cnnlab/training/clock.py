@@ -1,105 +1,115 @@
-"""One function per technique; `prepare` applies them in one visible order; `Clock` times the steps honestly."""
+"""The clock of a training loop: what the time of a step is spent on."""
 
 import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
 
-def synchronize(device):
-    """Wait until the device has done all it was given: a GPU's work runs on after the call returns."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has executed its queue: kernel launches return before the kernels end."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Clock:
-    """Times a training loop, in seconds. It stands still while a consumer of the loop's events is busy.
+    """Times a training loop, in seconds. It is paused while a consumer handles an event.
 
-    `seconds` counts training only, up to the last pause; of it, `waiting` was spent on the loader, and `exposed` on other
-    ranks with nothing else to do. Phases and communication are told apart on the CPU only: a GPU runs them on its own.
+    `seconds` is the training time up to the last pause. Of it, `waiting` was spent on the loader
+    and `exposed` on communication that did not overlap with computation. Phases and communication
+    are recorded on the CPU only, because a GPU executes them asynchronously.
     """
 
-    def __init__(self, device):
-        self.device, self.spans, self.exchanges = device, [], []
-        self.recent = deque(maxlen=4)  # (spans, exchanges) of the last steps
-        self.seconds = self.waiting = self.exposed = self.resumed = self.marked = 0.0
-        self.wall = time.time() - time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = self.waiting = self.exposed = 0.0
+        self.resumed_at = self.marked_at = 0.0
+        self.to_wall_clock = time.time() - time.perf_counter()
+        self.spans: list[list] = []  # [phase, begin, end] of the current step
+        self.communication: list[tuple[float, float]] = []  # (begin, end) in the current step
+        self.recent: deque[tuple[list, list]] = deque(maxlen=4)  # both, of the last steps
 
-    def resume(self):
-        self.resumed = time.perf_counter()
+    def resume(self) -> None:
+        self.resumed_at = time.perf_counter()
 
-    def pause(self):
-        synchronize(self.device)  # first: what was asked of a GPU may still be running
-        self.seconds += time.perf_counter() - self.resumed
+    def pause(self) -> None:
+        synchronize(self.device)
+        self.seconds += time.perf_counter() - self.resumed_at
 
-    def elapsed(self):
-        """Seconds since the last `resume`, not fenced."""
-        return time.perf_counter() - self.resumed
+    def elapsed(self) -> float:
+        """Seconds since `resume`, without synchronizing."""
+        return time.perf_counter() - self.resumed_at
 
-    def iterate(self, loader):
-        """The loader's batches; the time until each one is there counts as waiting. Each begins a step."""
+    def iterate(self, loader: Iterable) -> Iterator[Any]:
+        """Yield the loader's batches; the time until each arrives counts as waiting."""
         batches = iter(loader)
         while True:
-            asked = self.marked = time.perf_counter()
+            self.marked_at = asked_at = time.perf_counter()
             batch = next(batches, None)
-            self.waiting += time.perf_counter() - asked
+            self.waiting += time.perf_counter() - asked_at
             if batch is None:
                 return
-            self.spans, self.exchanges = [], []
-            self.recent.append((self.spans, self.exchanges))
+            self.spans, self.communication = [], []
+            self.recent.append((self.spans, self.communication))
             self.mark("waiting")
             yield batch
 
-    def mark(self, phase):
-        """All that was done since the last mark was `phase`: waiting, forward, backward, or update, which ends the step.
+    def mark(self, phase: str) -> None:
+        """End a phase of the step: waiting, forward, backward or update.
 
-        Exchanges overlap with it until the last one begins; from then on it was all "exposed" communication.
+        Communication overlaps with computation until the last transfer of the phase begins. From
+        then until it ends, it is exposed: the rank has nothing else to do.
         """
-        before, self.marked = self.marked, time.perf_counter()
-        here = [(begin, end) for begin, end in self.exchanges if begin >= before]
-        if here:
-            begin, end = (
-                max(begin for begin, _ in here),
-                min(self.marked, max(end for _, end in here)),
-            )
-            self._span(phase, before, begin)
-            self._span("exposed", begin, end)
-            self.exposed += end - begin
-            before = end
-        self._span(phase, before, self.marked)
+        begin, end = self.marked_at, time.perf_counter()
+        self.marked_at = end
+        transfers = [span for span in self.communication if span[0] >= begin]
+        if transfers:
+            exposed_from = max(span[0] for span in transfers)
+            exposed_to = min(end, max(span[1] for span in transfers))
+            self.exposed += exposed_to - exposed_from
+            self._add_span(phase, begin, exposed_from)
+            self._add_span("exposed", exposed_from, exposed_to)
+            begin = exposed_to
+        self._add_span(phase, begin, end)
 
-    def _span(self, phase, begin, end):
+    def _add_span(self, phase: str, begin: float, end: float) -> None:
         if self.device.type == "cpu":
-            self.spans.append([phase, self.wall + begin, self.wall + end])
+            self.spans.append([phase, self.to_wall_clock + begin, self.to_wall_clock + end])
 
-    def record_communication(self, began):
-        """Something that began then (`time.perf_counter`) has now come from the other ranks. Any thread may call."""
+    def record_communication(self, began_at: float) -> None:
+        """Record a transfer that began at `began_at` (`time.perf_counter`) and ends now.
+
+        Can be called from any thread.
+        """
         if self.device.type == "cpu":
-            self.exchanges.append((began, time.perf_counter()))
+            self.communication.append((began_at, time.perf_counter()))
 
-    def timed_communication(self, function, *args):
-        """Call the function; the time that it takes is communication."""
-        began = time.perf_counter()
+    def timed_communication(self, function: Callable, *args: Any) -> None:
+        """Call the function and record the time that it takes as communication."""
+        began_at = time.perf_counter()
         function(*args)
-        self.record_communication(began)
+        self.record_communication(began_at)
 
-    def timeline(self):
-        """[phase, begin, end] of the last steps, on the clock on the wall, so that the ranks' rows fit together.
+    def timeline(self) -> list[list]:
+        """[phase, begin, end] of the last steps, in wall clock time, which all ranks share.
 
-        The phase "communication" may lie beside others.
+        "communication" comes last and may overlap with the other phases.
         """
-        shared = [
-            ["communication", self.wall + begin, self.wall + end]
-            for _, exchanges in self.recent
-            for begin, end in exchanges
-        ]
-        return [span for spans, _ in self.recent for span in spans] + shared
+        phases, transfers = [], []
+        for spans, communication in self.recent:
+            phases += spans
+            for begin, end in communication:
+                span = ["communication", self.to_wall_clock + begin, self.to_wall_clock + end]
+                transfers.append(span)
+        return phases + transfers
 
 
-def peak_memory_mib(device):
-    """Most memory in use at once so far: allocated on a GPU, else resident in this process, libraries included."""
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far: allocated by torch on a GPU, else resident, including libraries."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if os.name == "nt":
@@ -109,4 +119,4 @@ def peak_memory_mib(device):
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes, KiB

@@ -1,210 +1,164 @@
-"""THE training loop: a generator of events for one rank. No printing, plotting or saving: that is its consumers' work."""
+"""THE training loop: a generator of events for one rank. It does not print, plot or save runs."""
 
 import copy
 import os
-from functools import partial
+from collections.abc import Iterator
 from itertools import islice
 from math import ceil
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
 
-from cnnlab import machine
 from cnnlab.data import datasets
 from cnnlab.data.loader import random_shifts, shift_images, train_loader
-from cnnlab.events import Evaluated, Finished, Progress, Started
-from cnnlab.model import build, count_parameters
+from cnnlab.events import Event
+from cnnlab.model import build
 from cnnlab.parallel import data_parallel
-from cnnlab.recipe import CnnlabError
+from cnnlab.recipe import Recipe
 from cnnlab.training import checkpoint, techniques
-from cnnlab.training.clock import Clock, peak_memory_mib
+from cnnlab.training.checkpoint import TrainState
+from cnnlab.training.clock import Clock
+from cnnlab.training.meter import Meter
 
-REPORT_EVERY = 0.25  # seconds of training between two Progress events
 
+def train(
+    recipe: Recipe, rank: int = 0, world: int = 1, checkpoints: str | None = None
+) -> Iterator[Event]:
+    """Train as the recipe says and yield events. With several ranks, the process group is ready.
 
-def train(recipe, rank=0, world=1, checkpoints=None):
-    """Train as the recipe says and yield events. With `world` ranks, the process group must be ready.
-
-    Each rank takes its share of every global batch, so that the gradients averaged over all ranks are those of
-    the whole batch. Speed figures begin after `recipe.warmup_steps`. With a folder `checkpoints`, one is written every
-    `recipe.checkpoint_every` steps, and the run goes on from the newest that is there.
+    Each rank trains on its share of every batch, so that the gradients averaged over all ranks are
+    those of the whole batch. Speed figures leave out the first `recipe.warmup_steps` steps.
+    `checkpoints` is a folder: the run resumes from its newest checkpoint, and writes one every
+    `recipe.checkpoint_every` steps.
     """
     device = select_device(recipe, rank)
-    techniques.set_threads(recipe, world)
-    images_of = datasets.load(recipe)
-    network = build(recipe, images_of.shape)
     clock = Clock(device)
-    model = techniques.prepare(network, recipe, device, world, clock)
-    steps = datasets.num_steps(recipe, images_of)
-    optimizer, schedule = make_optimizer(recipe, model, steps)
-    scaler = techniques.grad_scaler(recipe)
-    shared = data_parallel.register_sync_hooks(optimizer, network, recipe, world, clock)
-    layout = (
-        torch.channels_last if recipe.memory_format == "channels_last" else torch.contiguous_format
-    )
+    splits, steps, state = set_up(recipe, device, world, clock)
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    data_parallel.register_sync_hooks(optimizer, state.network, recipe, world, clock)
     techniques.set_seed(recipe.seed, rank)
-    state = recipe, network, optimizer, schedule, scaler
-    first = step = checkpoint.resume(checkpoints, *state) if checkpoints else 0
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if (
-        first > steps or first == steps and not restarted
-    ):  # a rank may have died after the last step, and only the evaluation is left
-        raise CnnlabError(
-            f"the newest checkpoint in {checkpoints} has done {first} steps, and steps={steps} asks for no more: raise epochs or "
-            f"steps, or name another folder."
-        )
-    loader = train_loader(
-        recipe,
-        images_of.train,
-        rank,
-        world,
-        first=first,
-        steps=steps,
-        deal=shared and shared.claim_batches,
-    )
+    first = checkpoint.resume(checkpoints, recipe, state, steps) if checkpoints else 0
+    loader = train_loader(recipe, splits.train, rank, world, first=first, steps=steps)
     shifts = islice(random_shifts(recipe.seed), first, None)
+    meter = Meter(recipe, rank, world, clock, first)
+    epochs = ceil(steps / len(loader))
+    accuracy = None
 
-    yield Started(
-        rank=rank,
-        world=world,
-        recipe=recipe,
-        pid=os.getpid(),
-        parameters=count_parameters(network),
-        train_images=len(images_of.train),
-        test_images=len(images_of.test),
-        steps=steps,
-        first_step=first,
-        threads=torch.get_num_threads(),
-        cores=machine.cpu_affinity(),
-    )
-    share = recipe.batch_size // world  # images of a rank's part of a batch
-    parts = lambda: (
-        shared.total() if shared else step * world
-    )  # of batches, done by all ranks together
-    accuracy, losses, correct, last = None, [], 0, ceil(steps / len(loader))
-    reported = warm = start = (step, parts(), 0.0, 0.0, 0.0)
-
-    def progress():
-        """Pause the clock, and say what happened since the last time."""
-        nonlocal losses, correct, reported
-        clock.pause()
-        before, reported = reported, (step, parts(), clock.seconds, clock.waiting, clock.exposed)
-        event = Progress(
-            rank=rank,
-            epoch=epoch,
-            step=parts() // world,
-            images=parts() * share,
-            seconds=clock.seconds,
-            losses=torch.stack(losses).tolist(),
-            accuracy=int(correct) / ((step - before[0]) * share),
-            images_per_s=(reported[1] - before[1]) * share / (clock.seconds - before[2]),
-            warming_up=step - first <= recipe.warmup_steps,
-            spans=clock.timeline(),
-        )
-        losses, correct = [], 0
-        return event
-
+    yield meter.started(state.network, splits, steps)
     clock.resume()
-    for epoch in range(1, last + 1):
+    for epoch in range(1, epochs + 1):
         for images, labels in clock.iterate(loader):
-            images = images.to(device, memory_format=layout, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
+            images, labels = to_device(images, labels, recipe, device)
             if recipe.augment == "shift":
                 images = shift_images(images, next(shifts))
-            losses.append(0.0)
-            pieces = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate)))
-            for number, (some, theirs) in enumerate(pieces, start=1):
-                with (
-                    techniques.autocast(recipe),
-                    data_parallel.gradient_sync(model, number == len(pieces)),
-                ):
-                    logits = model(some)
-                    loss = F.cross_entropy(logits, theirs) / len(pieces)
+            inputs, targets = images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate)
+            for i in range(recipe.accumulate):
+                is_last = i == recipe.accumulate - 1
+                with techniques.autocast(recipe), data_parallel.gradient_sync(model, is_last):
+                    logits = model(inputs[i])
+                    loss = F.cross_entropy(logits, targets[i]) / recipe.accumulate
                 clock.mark("forward")
                 scaler.scale(loss).backward()
                 clock.mark("backward")
-                losses[-1] += loss.detach()
-                correct += (logits.argmax(1) == theirs).sum()
+                meter.add(loss, logits, targets[i])
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            schedule.step()
+            state.schedule.step()
             clock.mark("update")
+            meter.end_step()
 
-            step += 1
-            keep = checkpoints and step % recipe.checkpoint_every == 0
-            if keep or clock.elapsed() >= REPORT_EVERY or step - first == recipe.warmup_steps:
-                yield progress()
-                if step - first == recipe.warmup_steps:
-                    warm = reported
-                if keep:
-                    yield checkpoint.save(checkpoints, step, *state)
+            save_to = checkpoints if meter.step % recipe.checkpoint_every == 0 else None
+            if save_to or meter.report_due():
+                yield meter.progress(epoch)
+                if save_to:
+                    yield checkpoint.save(save_to, meter.step, recipe, state)
                 clock.resume()
-        if shared:
-            dist.barrier()  # where loader workers ask ahead for parts, others are still at theirs
-        if losses:
-            yield progress()
-        elif shared:  # the others have gone on
-            clock.pause()
-            reported = step, parts(), clock.seconds, clock.waiting, clock.exposed
-        if recipe.evaluate and (epoch * len(loader) > first or epoch == last):
-            accuracy, mean_loss = evaluate(
-                network, recipe, images_of.test, device, rank, world, shared
-            )
-            yield Evaluated(
-                rank=rank,
-                epoch=epoch,
-                step=parts() // world,
-                seconds=clock.seconds,
-                accuracy=accuracy,
-                loss=mean_loss,
-                images=len(images_of.test),
-            )
+        if meter.losses:
+            yield meter.progress(epoch)
+        # A resumed run does not evaluate the epochs that it skips, except for the last.
+        if recipe.evaluate and (epoch * len(loader) > first or epoch == epochs):
+            accuracy, test_loss = evaluate(state.network, recipe, splits.test, device, rank, world)
+            yield meter.evaluated(epoch, accuracy, test_loss, len(splits.test))
         clock.resume()
+    yield meter.finished(accuracy)
 
-    if (
-        reported[1] == warm[1]
-    ):  # nothing was left to do: a run that goes on from near its end, or a slow rank under async
-        warm = start
-    timed, trained, seconds, waiting, exposed = (now - then for now, then in zip(reported, warm))
-    timed = max(1, timed)  # under async, the others may have left this rank nothing to do
-    exchanged = exposed / timed if device.type == "cpu" else None
-    yield Finished(
-        rank=rank,
-        steps=step,
-        images=parts() * share,
-        seconds=clock.seconds,
-        warmup_s=warm[2],
-        images_per_s=trained * share / seconds if seconds else 0.0,
-        step_s=seconds / timed,
-        waiting_s=waiting / timed,
-        communication_s=exchanged,
-        compute_s=(seconds - waiting - exposed) / timed,
-        peak_memory_mib=peak_memory_mib(device),
-        accuracy=accuracy,
-        staleness=shared.stale / max(1, shared.own) if shared else None,
+
+def set_up(
+    recipe: Recipe, device: torch.device, world: int, clock: Clock
+) -> tuple[datasets.ImageSplits, int, TrainState]:
+    """Load the data and build what is trained: (splits, number of steps, state)."""
+    techniques.set_threads(recipe, world)
+    splits = datasets.load(recipe)
+    steps = datasets.num_steps(recipe, splits)
+    network = build(recipe, splits.shape)
+    model = techniques.prepare(network, recipe, device, world, clock)
+    optimizer, schedule = make_optimizer(recipe, model, steps)
+    scaler = techniques.grad_scaler(recipe)
+    state = TrainState(
+        network=network, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler
     )
+    return splits, steps, state
+
+
+def select_device(recipe: Recipe, rank: int) -> torch.device:
+    """The CPU, or this rank's GPU. With fewer GPUs than ranks, ranks share them."""
+    if recipe.device == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)  # the default GPU of NCCL and of "cuda" without an index
+    return device
+
+
+def make_optimizer(
+    recipe: Recipe, model: nn.Module, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """The optimizer (Adam, or SGD with momentum 0.9) and its learning rate schedule."""
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=0.9)
+    if recipe.schedule == "cosine":
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def to_device(
+    images: torch.Tensor, labels: torch.Tensor, recipe: Recipe, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy a batch to the device, its images in the recipe's memory format."""
+    channels_last = recipe.memory_format == "channels_last"
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    images = images.to(device, memory_format=memory_format, non_blocking=True)
+    return images, labels.to(device, non_blocking=True)
 
 
 @torch.no_grad()
-def evaluate(network, recipe, dataset, device, rank=0, world=1, shared=None):
-    """(accuracy, mean loss) over all held-out images; each rank takes every `world`-th, so each is counted once."""
-    if shared:
-        shared.pull(network)
-    if (
-        world > 1 and recipe.strategy == "local-sgd"
-    ):  # between two averagings the ranks differ: evaluate their mean
+def evaluate(
+    network: nn.Module,
+    recipe: Recipe,
+    dataset: TensorDataset,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[float, float]:
+    """(accuracy, mean loss) over all held-out images, which the ranks split.
+
+    Where ranks differ, they evaluate their mean parameters and rank 0's batch-norm statistics.
+    """
+    if world > 1 and recipe.strategy == "local-sgd":
         network = data_parallel.average_model(copy.deepcopy(network))
     elif world > 1:
-        for buffer in (
-            network.buffers()
-        ):  # batch-norm statistics differ from rank to rank: take those of rank 0
-            dist.broadcast(buffer, 0)
+        data_parallel.broadcast_buffers(network)
     network.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    share = [tensor[rank::world] for tensor in dataset.tensors]
-    for images, labels in zip(*(tensor.split(512) for tensor in share)):
+    batches = [tensor[rank::world].split(512) for tensor in dataset.tensors]
+    for images, labels in zip(*batches, strict=True):
         images, labels = images.to(device), labels.to(device)
         with techniques.autocast(recipe):
             logits = network(images)
@@ -214,26 +168,4 @@ def evaluate(network, recipe, dataset, device, rank=0, world=1, shared=None):
     if world > 1:
         dist.all_reduce(totals)
     network.train()
-    return (totals / len(dataset)).tolist()
-
-
-def make_optimizer(recipe, model, steps):
-    """The optimizer (Adam, or SGD with momentum 0.9), and the schedule of its learning rate over `steps` steps."""
-    optimizers = {"adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
-    optimizer = optimizers[recipe.optimizer](model.parameters(), lr=recipe.learning_rate)
-    schedules = {
-        "constant": partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
-        "cosine": partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
-    }
-    return optimizer, schedules[recipe.schedule](optimizer)
-
-
-def select_device(recipe, rank):
-    """The CPU, or the GPU of this rank: ranks share GPUs in turn where there are fewer."""
-    if recipe.device == "cpu":
-        return torch.device("cpu")
-    device = torch.device(
-        "cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count()
-    )
-    torch.cuda.set_device(device)  # what NCCL and `cuda` without a number then mean
-    return device
+    return tuple((totals / len(dataset)).tolist())

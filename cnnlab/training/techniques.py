@@ -1,20 +1,35 @@
-"""One function per technique; `prepare` applies them in one visible order; `Clock` times the steps honestly."""
+"""One function per technique; `prepare` applies a recipe's techniques in one visible order."""
 
+import functools
 import os
 import random
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
+from torch import nn
 
 from cnnlab import machine
 from cnnlab.parallel import data_parallel, simulated_network
+from cnnlab.recipe import Recipe
+from cnnlab.training.clock import Clock
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def prepare(model, recipe, device, world=1, clock=None):
-    """The recipe's model, ready to train: every technique in the order in which they must be applied."""
+def prepare(
+    model: nn.Module,
+    recipe: Recipe,
+    device: torch.device,
+    world: int = 1,
+    clock: Clock | None = None,
+) -> nn.Module:
+    """Apply the recipe's techniques to the model, in the order in which they must be applied."""
     if world > 1:
         simulated_network.simulate_straggler(model, recipe)
+        link = simulated_network.make_link(recipe)
+        if link is not None:
+            simulated_network.simulate_network(link)
     if recipe.pooling == "before-relu":
         model = pool_before_relu(model)
     model = model.to(device)
@@ -22,78 +37,73 @@ def prepare(model, recipe, device, world=1, clock=None):
         model = channels_last(model)
     if device.type == "cuda":
         set_tf32(recipe.precision == "tf32")
-    if world > 1 and (link := simulated_network.make_link(recipe)):
-        simulated_network.simulate_network(link)
-    if recipe.strategy == "ddp" or recipe.strategy is None and world > 1:
+    if recipe.strategy == "ddp" or (recipe.strategy is None and world > 1):
         model = data_parallel.wrap_ddp(model, recipe, device, clock)
     if recipe.compiler == "inductor-except-pool":
         model = opaque_pooling(model)
-    if recipe.compiler != "eager":  # last: it then sees, and compiles, all of the above
-        model = compile_model(model)
+    if recipe.compiler != "eager":
+        model = compile_model(model)  # last, so that it compiles all of the above
     return model
 
 
-def set_threads(recipe, world=1):
-    """The recipe's threads for this rank; else all cores for one rank, while several keep what `rank` has shared out."""
+def set_threads(recipe: Recipe, world: int = 1) -> None:
+    """Use `recipe.threads`, or else all cores; several ranks keep what the launcher has set."""
     if recipe.threads or world == 1:
         torch.set_num_threads(recipe.threads or machine.cores())
 
 
-def pin_to_cores(local_rank, local_world):
-    """Keep this rank on its share of this machine's cores. Returns them; None where the system cannot pin.
+def pin_to_cores(local_rank: int, local_world: int) -> list[int] | None:
+    """Pin this rank to its share of the machine's cores; return them, or None if it cannot.
 
-    Ranks that outnumber the cores share them: each is pinned to one.
+    With more ranks than cores, several ranks share a core.
     """
     if not hasattr(os, "sched_setaffinity"):
         return None
     cores = sorted(os.sched_getaffinity(0))
     share = len(cores) // local_world
-    mine = (
-        cores[local_rank * share : (local_rank + 1) * share]
-        if share
-        else [cores[local_rank % len(cores)]]
-    )
+    if share == 0:
+        mine = [cores[local_rank % len(cores)]]
+    else:
+        mine = cores[local_rank * share : (local_rank + 1) * share]
     os.sched_setaffinity(0, mine)
     return mine
 
 
-def set_seed(seed, rank=0):
-    """Same seed, same run. Ranks differ, else all would draw the same dropout masks and augmentations."""
+def set_seed(seed: int, rank: int = 0) -> None:
+    """Make the run repeatable. Ranks get different seeds, so that dropout masks differ."""
     random.seed(seed + rank)
     np.random.seed(seed + rank)
     torch.manual_seed(seed + rank)
 
 
-def pool_before_relu(model):
-    """Max-pooling before ReLU instead of after it: ReLU keeps the order of numbers, so they are the same, and so are all gradients.
+def pool_before_relu(model: nn.Module) -> nn.Module:
+    """Swap each ReLU with the max-pooling that follows it: same outputs, same gradients.
 
-    With windows of 2x2, ReLU then has a quarter of the work. `torch.compile` does not find this by itself.
+    ReLU is monotonic. After 2x2 pooling it processes a quarter of the elements. `torch.compile`
+    does not find this by itself.
     """
     for block in model.modules():
-        if isinstance(block, torch.nn.Sequential):
-            for at in range(len(block) - 1):
-                if isinstance(block[at], torch.nn.ReLU) and isinstance(
-                    block[at + 1], torch.nn.MaxPool2d
-                ):
-                    block[at], block[at + 1] = block[at + 1], block[at]
+        if isinstance(block, nn.Sequential):
+            for i in range(len(block) - 1):
+                if isinstance(block[i], nn.ReLU) and isinstance(block[i + 1], nn.MaxPool2d):
+                    block[i], block[i + 1] = block[i + 1], block[i]
     return model
 
 
-def channels_last(model):
-    """Weights stored with their channels innermost, as convolutions read them. Same numbers, same shapes.
+def channels_last(model: nn.Module) -> nn.Module:
+    """Store weights with channels innermost, as convolution kernels read them; same values.
 
-    A `Flatten` would send its gradient back with channels outermost, and each layer before it would copy it: it is laid out anew at once.
+    The gradient of `Flatten` arrives with channels outermost. It is converted once, right there,
+    because otherwise each earlier layer would copy it.
     """
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Flatten):
-            layer.register_forward_pre_hook(
-                lambda layer, inputs: _ChannelsLastGradient.apply(*inputs)
-            )
-    return model.to(memory_format=torch.channels_last)
+        if isinstance(layer, nn.Flatten):
+            layer.register_forward_pre_hook(lambda _, inputs: _ChannelsLastGradient.apply(*inputs))
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class _ChannelsLastGradient(torch.autograd.Function):
-    """Changes nothing on the way forward; on the way back, only the layout."""
+    """The identity; backward converts the gradient's memory format."""
 
     @staticmethod
     def forward(ctx, images):
@@ -104,73 +114,71 @@ class _ChannelsLastGradient(torch.autograd.Function):
         return gradient.contiguous(memory_format=torch.channels_last)
 
 
-def autocast(recipe):
-    """Where the recipe says bf16 or fp16: a context in which convolutions and matrix products run at that precision."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
-    return torch.autocast(recipe.device, dtype) if dtype else nullcontext()
+def autocast(recipe: Recipe) -> AbstractContextManager:
+    """A context in which convolutions and matrix products run in the recipe's bf16 or fp16."""
+    if recipe.precision in AUTOCAST_DTYPES:
+        return torch.autocast(recipe.device, AUTOCAST_DTYPES[recipe.precision])
+    return nullcontext()
 
 
-def grad_scaler(recipe):
-    """Scales the loss up before, and gradients down after, backward: in fp16 small gradients would become 0."""
+def grad_scaler(recipe: Recipe) -> torch.amp.GradScaler:
+    """For fp16: scales the loss, because small gradients would underflow to zero."""
     return torch.amp.GradScaler(recipe.device, enabled=recipe.precision == "fp16")
 
 
-def set_tf32(on):
-    """fp32 matrix products and convolutions on the GPU's TF32 units: 10 bits of mantissa instead of 23. (Torch's default: half on.)"""
-    torch.backends.cuda.matmul.allow_tf32 = on
-    torch.backends.cudnn.allow_tf32 = on
+def set_tf32(enabled: bool) -> None:
+    """Let GPUs run fp32 convolutions and matrix products in TF32: 10 bits of mantissa, not 23."""
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled
 
 
-def compile_model(model):
-    """The model as fused, generated code. The first call compiles: seconds to a minute, timed apart."""
-    return torch.compile(model)
+def compile_model(model: nn.Module) -> nn.Module:
+    """Compile the model into fused kernels. The first call compiles: seconds to a minute."""
+    return torch.compile(model)  # type: ignore[return-value]
 
 
-def opaque_pooling(model):
-    """Max-pooling as an operation into which the compiler cannot look: on CPUs PyTorch's own code is much faster than what it would make."""
+def opaque_pooling(model: nn.Module) -> nn.Module:
+    """Hide max-pooling from the compiler, whose CPU kernel is much slower than PyTorch's own."""
+    max_pool = max_pool_operator()
     for layer in model.modules():
-        if isinstance(layer, torch.nn.MaxPool2d):
-            layer.forward = lambda images, size=layer.kernel_size: _max_pool(images, size)[0]
+        if isinstance(layer, nn.MaxPool2d):
+
+            def forward(images, size=layer.kernel_size):
+                return max_pool(images, size)[0]
+
+            layer.forward = forward  # type: ignore[method-assign]
     return model
 
 
-def _pooled(images: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maxima of size x size windows that do not overlap, and where they were."""
+@functools.cache
+def max_pool_operator() -> torch.library.CustomOpDef:
+    """Register `cnnlab::max_pool`, an operator that the compiler cannot look into."""
+    max_pool = torch.library.custom_op("cnnlab::max_pool", _max_pool, mutates_args=())
+    max_pool_backward = torch.library.custom_op(
+        "cnnlab::max_pool_backward", _max_pool_backward, mutates_args=()
+    )
+
+    def save_for_backward(ctx, inputs, output):
+        images, ctx.size = inputs
+        ctx.save_for_backward(images, output[1])
+
+    def backward(ctx, gradient, _):
+        images, indices = ctx.saved_tensors
+        return max_pool_backward(gradient, images, ctx.size, indices), None
+
+    max_pool.register_autograd(backward, setup_context=save_for_backward)
+    max_pool.register_fake(_max_pool)  # tells the compiler shapes and layouts
+    max_pool_backward.register_fake(_max_pool_backward)
+    return max_pool
+
+
+def _max_pool(images: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.aten.max_pool2d_with_indices(images, [size, size])
 
 
-def _unpooled(
-    gradient: torch.Tensor, images: torch.Tensor, size: int, where: torch.Tensor
+def _max_pool_backward(
+    gradient: torch.Tensor, images: torch.Tensor, size: int, indices: torch.Tensor
 ) -> torch.Tensor:
     return torch.ops.aten.max_pool2d_with_indices_backward(
-        gradient, images, [size, size], [size, size], [0, 0], [1, 1], False, where
+        gradient, images, [size, size], [size, size], [0, 0], [1, 1], False, indices
     )
-
-
-def _remember(ctx, inputs, output):
-    images, ctx.size = inputs
-    ctx.save_for_backward(images, output[1])
-
-
-def _backward(ctx, gradient, _):
-    images, where = ctx.saved_tensors
-    return _max_pool_backward(gradient, images, ctx.size, where), None
-
-
-_max_pool = torch.library.custom_op("cnnlab::max_pool", _pooled, mutates_args=())
-
-
-_max_pool_backward = torch.library.custom_op(
-    "cnnlab::max_pool_backward", _unpooled, mutates_args=()
-)
-
-
-_max_pool.register_autograd(_backward, setup_context=_remember)
-
-
-_max_pool.register_fake(
-    _pooled
-)  # shapes and layouts, for the compiler: PyTorch knows those of its own code
-
-
-_max_pool_backward.register_fake(_unpooled)
