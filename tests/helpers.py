@@ -136,6 +136,7 @@ def interrupted_train(rank, world, recipe, checkpoints, step, victim, what):
 
     `step`: the number of that step. The first step of an attempt is 1.
     """
+    from cnnlab.launch import worker
     from cnnlab.training import loop
 
     build = loop.build
@@ -154,7 +155,7 @@ def interrupted_train(rank, world, recipe, checkpoints, step, victim, what):
         return network
 
     loop.build = build_interrupted
-    yield from loop.train(recipe, rank, world, checkpoints)
+    yield from worker.train_rank(rank, world, recipe, checkpoints)
 
 
 def ordered(figures):

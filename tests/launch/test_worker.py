@@ -1,4 +1,4 @@
-"""What a rank does for code that knows nothing of it: tutorials, other launchers' functions, notebook cells, scripts; its words and its place."""
+"""Ranks run tutorials, torchrun functions, cells and scripts unchanged; their output and cores."""
 
 import linecache
 import os
@@ -24,6 +24,7 @@ from cnnlab.recipe import CnnlabError, Recipe
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
+# https://pytorch.org/tutorials/intermediate/ddp_tutorial.html on the CPU; the last line is ours.
 TUTORIAL = """
 import os
 import torch
@@ -72,10 +73,10 @@ def demo_basic(rank, world_size):
     cleanup()
     print(f"Finished running basic DDP example on rank {{rank}}.")
     return sum(parameter.sum().item() for parameter in model.parameters())
-"""  # pytorch.org/tutorials/intermediate/ddp_tutorial.html, on the CPU; the last line is ours
+"""
 
 
-def cell(source, name="/tmp/ipykernel_1/1234.py"):
+def run_cell(source, name="/tmp/ipykernel_1/1234.py"):
     """Run source as a notebook does; returns its names."""
     source = textwrap.dedent(source)
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
@@ -84,41 +85,34 @@ def cell(source, name="/tmp/ipykernel_1/1234.py"):
     return names
 
 
-@pytest.mark.parametrize(
-    "prefix", ["dist.", ""], ids=["dist.init_process_group", "init_process_group"]
-)
-def test_the_official_tutorial_runs_unchanged(prefix, capsys):
-    names = cell(
-        TUTORIAL.format(
-            init=prefix + "init_process_group", destroy=prefix + "destroy_process_group"
-        )
-    )
-    demo_basic = names["demo_basic"]
+@pytest.mark.parametrize("module", ["dist.", ""], ids=["dist.init_process_group", "imported name"])
+def test_the_official_tutorial_runs_unchanged(module, capsys):
+    init, destroy = f"{module}init_process_group", f"{module}destroy_process_group"
+    demo_basic = run_cell(TUTORIAL.format(init=init, destroy=destroy))["demo_basic"]
     found = ranks(lambda: demo_basic(int(os.environ["RANK"]), 2), 2)
-    assert found[0] == pytest.approx(found[1])  # the models are one
+    assert found[0] == pytest.approx(found[1])  # Both ranks have the same model.
     lines = capsys.readouterr().out.splitlines()
     for rank in (0, 1):
         assert [line for line in lines if line.startswith(f"[rank {rank}]")] == [
-            f"[rank {rank}] {word} basic DDP example on rank {rank}."
-            for word in ("Running", "Finished running")
+            f"[rank {rank}] Running basic DDP example on rank {rank}.",
+            f"[rank {rank}] Finished running basic DDP example on rank {rank}.",
         ]
 
 
 def test_a_function_for_torchrun_runs_unchanged():
     def main():
-        rank, world, local = (
-            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        )
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        rank, world, local_rank = (int(os.environ[name]) for name in names)
         dist.init_process_group()
         total = torch.tensor(rank + 1.0)
         dist.all_reduce(total)
         dist.destroy_process_group()
-        return rank, world, local, total.item()
+        return rank, world, local_rank, total.item()
 
     assert ranks(main, 3) == [(rank, 3, rank, 6.0) for rank in range(3)]
 
 
-def test_a_closure_takes_its_model_and_its_loader_with_it():
+def test_a_closure_brings_its_model_and_its_loader():
     torch.manual_seed(0)
     model = SmallCNN(channels=1, size=8)
     loader = DataLoader(TensorDataset(torch.rand(8, 1, 8, 8), torch.arange(8)), batch_size=4)
@@ -126,11 +120,12 @@ def test_a_closure_takes_its_model_and_its_loader_with_it():
     def step():
         return [nn.functional.cross_entropy(model(images), labels) for images, labels in loader]
 
-    assert torch.allclose(torch.stack(ranks(step, 2)[1]), torch.stack(step()), atol=1e-5)
+    _, losses = ranks(step, 2)
+    assert torch.allclose(torch.stack(losses), torch.stack(step()), atol=1e-5)
 
 
-def test_ddp_models_that_outlive_their_process_group_hang_nothing(tmp_path):
-    """Gloo's threads, destroyed while a model of theirs is deleted, wait for the interpreter, which waits for them."""
+def test_ddp_models_that_outlive_their_process_group_do_not_hang(tmp_path):
+    """Without `live_groups`, deleting a model waits for gloo's threads, which wait for the GIL."""
 
     def cycles():
         for cycle in range(30):
@@ -149,35 +144,32 @@ def test_ddp_models_that_outlive_their_process_group_hang_nothing(tmp_path):
     assert ranks(cycles, 2, timeout=60) == ["all done"] * 2
 
 
-# What a rank says
+# Output
 
 
-def test_what_a_rank_prints_comes_in_whole_lines_with_its_number(capsys):
-    def talk():
+def test_the_output_of_ranks_comes_in_complete_lines_with_the_rank(capsys):
+    def print_a_lot():
         rank = dist.get_rank()
         for number in range(50):
             print("line", number, end="")
             time.sleep(0.001)
             print(" of", rank)
-        warnings.warn(f"careful, {rank}")
+        warnings.warn(f"careful, {rank}", stacklevel=1)
         print("two\nlines", file=sys.stderr)
         print("no end", end="")
 
-    ranks(talk, 2)
-    said = capsys.readouterr().out.splitlines()
-    assert all(line.startswith(("[rank 0] ", "[rank 1] ")) for line in said)
+    ranks(print_a_lot, 2)
+    output = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(("[rank 0] ", "[rank 1] ")) for line in output)
     for rank in (0, 1):
-        mine = [
-            line.removeprefix(f"[rank {rank}] ")
-            for line in said
-            if line.startswith(f"[rank {rank}]")
-        ]
+        prefix = f"[rank {rank}] "
+        mine = [line.removeprefix(prefix) for line in output if line.startswith(prefix)]
         assert mine[:50] == [f"line {number} of {rank}" for number in range(50)]
         assert any(f"UserWarning: careful, {rank}" in line for line in mine)
         assert mine[-3:] == ["two", "lines", "no end"]
 
 
-def test_what_a_rank_printed_before_it_failed_is_shown(capsys):
+def test_the_output_before_a_failure_is_shown(capsys):
     def function():
         print("almost there", end="")
         raise LookupError("no such star")
@@ -187,8 +179,10 @@ def test_what_a_rank_printed_before_it_failed_is_shown(capsys):
     assert capsys.readouterr().out == "[rank 0] almost there\n"
 
 
-def test_a_loader_worker_that_prints_leaves_the_ranks_words_alone():
-    class Talking(torch.utils.data.Dataset):
+def test_the_output_of_loader_workers_is_not_mixed_into_that_of_ranks():
+    """Loader workers print to the terminal."""
+
+    class PrintingDataset(torch.utils.data.Dataset):
         def __len__(self):
             return 50
 
@@ -196,31 +190,29 @@ def test_a_loader_worker_that_prints_leaves_the_ranks_words_alone():
             print("a word", flush=True)
             return index
 
-    said = []
-    assert ranks(
-        lambda: sum(batch.sum().item() for batch in DataLoader(Talking(), num_workers=1)),
-        1,
-        say=said.append,
-    ) == [1225]
-    assert not said  # loader workers have the terminal
+    def add_all():
+        return sum(batch.sum().item() for batch in DataLoader(PrintingDataset(), num_workers=1))
+
+    output = []
+    assert ranks(add_all, 1, say=output.append) == [1225]
+    assert not output
 
 
 def test_the_traceback_shows_lines_of_notebook_cells():
-    function = cell("""
+    function = run_cell("""
         def function():
             star = {}
             return star["Vega"]     # not there
     """)["function"]
     with pytest.raises(RankError) as caught:
         ranks(function, 2)
-    assert (
-        'return star["Vega"]     # not there' in caught.value.traceback
-        and "KeyError: 'Vega'" in str(caught.value)
-    )
+    assert 'return star["Vega"]     # not there' in caught.value.traceback
+    assert "KeyError: 'Vega'" in str(caught.value)
 
 
 SCRIPT = """
 import os
+from cnnlab.launch.launcher import ranks
 
 class Star:
     def __init__(self, name):
@@ -234,13 +226,13 @@ print(*(star.name for star in stars), all(isinstance(star, Star) for star in sta
 """
 
 
-@pytest.mark.parametrize("how", ["file", "standard input"])
-def test_a_script_needs_no_main_guard_and_gets_objects_of_its_own_classes(tmp_path, how):
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_a_script_needs_no_main_guard_and_gets_objects_of_its_own_classes(tmp_path, source):
     (tmp_path / "script.py").write_text(SCRIPT)
-    words = [sys.executable, "script.py"] if how == "file" else [sys.executable, "-"]
+    from_file = source == "file"
     done = subprocess.run(
-        words,
-        input=None if how == "file" else SCRIPT,
+        [sys.executable, "script.py" if from_file else "-"],
+        input=None if from_file else SCRIPT,
         capture_output=True,
         text=True,
         timeout=60,
@@ -249,78 +241,77 @@ def test_a_script_needs_no_main_guard_and_gets_objects_of_its_own_classes(tmp_pa
     assert done.stdout == "Vega 0 Vega 1 True\n", done.stderr
 
 
-# Its place
+# Cores and network
 
 
 @pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity"), reason="this system cannot pin processes to cores"
 )
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_ranks_share_the_cores_out(n):
+def test_ranks_divide_the_cores_among_themselves(n):
     cores = sorted(os.sched_getaffinity(0))
     found = ranks(lambda: (sorted(os.sched_getaffinity(0)), torch.get_num_threads()), n)
-    pinned = [core for mine, _ in found for core in mine]
+    pinned = [core for own, _ in found for core in own]
     if n <= len(cores):
-        assert len(pinned) == len(set(pinned)) == n * (len(cores) // n) and set(pinned) <= set(
-            cores
-        )
-    else:  # more ranks than cores: they take turns, each on one
-        assert [len(mine) for mine, _ in found] == [1] * n and set(pinned) == set(cores)
+        assert len(pinned) == len(set(pinned)) == n * (len(cores) // n)
+        assert set(pinned) <= set(cores)
+    else:  # Each rank has one core, which it shares with others.
+        assert [len(own) for own, _ in found] == [1] * n
+        assert set(pinned) == set(cores)
     assert {threads for _, threads in found} == {max(1, len(cores) // n)}
 
 
-def test_a_run_says_where_its_ranks_are():
-    [one] = [
-        event
-        for event in launcher.run(Recipe(steps=3, evaluate=False))
-        if isinstance(event, Started)
-    ]
-    two = [
-        event
-        for event in launcher.run(Recipe(steps=3, evaluate=False, replicas=2))
-        if isinstance(event, Started)
-    ]
+def started(recipe):
+    return [event for event in launcher.run(recipe) if isinstance(event, Started)]
+
+
+def test_a_run_reports_the_cores_and_threads_of_its_ranks():
+    recipe = Recipe(steps=3, evaluate=False)
+    [single] = started(recipe)
+    first, second = started(recipe.replace(replicas=2))
     if hasattr(os, "sched_getaffinity"):
-        assert one.cores == sorted(os.sched_getaffinity(0))
-        assert len(os.sched_getaffinity(0)) == 1 or not set(two[0].cores) & set(two[1].cores)
-    assert two[0].threads == two[1].threads == max(1, one.threads // 2)
+        cores = sorted(os.sched_getaffinity(0))
+        assert single.cores == cores
+        assert len(cores) == 1 or not set(first.cores) & set(second.cores)
+    assert first.threads == second.threads == max(1, single.threads // 2)
 
 
 def test_ranks_listen_on_loopback_only():
+    """Whatever address the name of this machine has."""
     listening = set()
     for event in launcher.run(Recipe(steps=2000, replicas=2, threads=1, evaluate=False)):
         if isinstance(event, Progress) and not event.warming_up:
             for process in psutil.Process().children(recursive=True):
-                listening |= {
-                    connection.laddr.ip
-                    for connection in process.net_connections()
-                    if connection.status == psutil.CONN_LISTEN
-                }
+                for connection in process.net_connections():
+                    if connection.status == psutil.CONN_LISTEN:
+                        listening.add(connection.laddr.ip)
             break
-    assert listening and listening <= {"127.0.0.1", "::1"}
-    assert ranks(lambda: os.environ["GLOO_SOCKET_IFNAME"], 1) == [
-        "lo0" if sys.platform == "darwin" else "lo"
-    ]  # whatever this machine's name stands for
+    assert listening
+    assert listening <= {"127.0.0.1", "::1"}
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    assert ranks(lambda: os.environ["GLOO_SOCKET_IFNAME"], 1) == [loopback]
+
+
+# torchrun
 
 
 @pytest.mark.parametrize(
-    "recipe, checkpoints, words",
+    "recipe, checkpoints, message",
     [
-        (Recipe(strategy="local-sgd", replicas=2), "kept", "keeps no checkpoints"),
-        (Recipe(replicas=2), "file/kept", "cannot write checkpoints"),
+        (Recipe(strategy="local-sgd", replicas=2), "kept", "does not support checkpoints"),
+        (Recipe(replicas=2), "file/kept", "cannot write .*kept"),
         (Recipe(strategy="async", replicas=2), None, "one machine"),
     ],
 )
-def test_under_torchrun_what_cannot_be_done_is_refused_before_ranks_meet(
-    tmp_path, monkeypatch, recipe, checkpoints, words
+def test_invalid_requests_under_torchrun_are_rejected_before_ranks_connect(
+    tmp_path, monkeypatch, recipe, checkpoints, message
 ):
     (tmp_path / "file").touch()
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(CnnlabError, match=words):
+    with pytest.raises(CnnlabError, match=message):
         next(train_under_torchrun(recipe, checkpoints and tmp_path / checkpoints))
-    monkeypatch.setattr(
-        "cnnlab.machine.missing_for", lambda recipe: ["NVIDIA GPU missing: none here."]
-    )
+    missing = ["NVIDIA GPU missing: none here."]
+    monkeypatch.setattr("cnnlab.machine.missing_for", lambda recipe: missing)
     with pytest.raises(CnnlabError, match="NVIDIA GPU missing"):
         next(train_under_torchrun(Recipe(replicas=2)))
