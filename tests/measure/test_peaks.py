@@ -1,12 +1,11 @@
 """The measured peaks of this machine: ordered quartiles, and no side effects."""
 
-import dataclasses
+from itertools import count, cycle
 
 import pytest
 import torch
-from torch.utils import benchmark
 
-from cnnlab.measure import peaks
+from cnnlab.measure import benchmark, peaks
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -16,17 +15,13 @@ def test_peak_flops_gives_ordered_quartiles(precision):
 
 
 def test_the_quartiles_of_two_times_are_ordered(monkeypatch):
-    """On a slow machine, the timer fits only two runs into its time."""
-
-    class Timer(benchmark.Timer):
-        def blocked_autorange(self, **options):
-            return dataclasses.replace(
-                super().blocked_autorange(min_run_time=1e-6), number_per_run=1, raw_times=[1.0, 3.0]
-            )
-
-    monkeypatch.setattr(benchmark, "Timer", Timer)
-    median, low, high = peaks.peak_flops(size=8, threads=1)
-    assert low < median < high
+    """On a slow machine, only two repeats fit into the time; here one takes 1 s, the other 3 s."""
+    times, clock = cycle([1.0, 3.0]), count()
+    monkeypatch.setattr(benchmark, "time_call", lambda function, calls=1: (0.0, next(times)))
+    monkeypatch.setattr(benchmark, "default_timer", lambda: next(clock))
+    median, low, high = peaks.copy_bandwidth(mib=1)
+    moved = 2 * 2**20
+    assert (median, low, high) == pytest.approx((moved / 2, moved / 2.5, moved / 1.5))
 
 
 def test_copy_bandwidth_gives_ordered_quartiles():
@@ -34,10 +29,28 @@ def test_copy_bandwidth_gives_ordered_quartiles():
     assert 0 < low <= median <= high
 
 
-def test_measuring_restores_the_settings_of_torch():
+def test_measuring_uses_the_threads_and_restores_the_settings_of_torch(monkeypatch):
+    threads = []
+    multiply = torch.mm
+
+    def recording_mm(a, b):
+        threads.append(torch.get_num_threads())
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "mm", recording_mm)
     before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
     peaks.peak_flops(size=32, threads=1)
+    assert set(threads) == {1}
     assert (torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_an_operation_that_fails_raises(monkeypatch):
+    def out_of_memory(a, b):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "mm", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        peaks.peak_flops(size=32, threads=1)
 
 
 def test_peaks_has_every_precision_and_the_copy():
