@@ -48,7 +48,10 @@ def find_stopped(pids: dict[int, int]) -> Message | None:
 def root_cause(failures: list[Message]) -> Message:
     """The failure that caused the others: peers of a failed rank raise secondary errors."""
     primary = [failure for failure in failures if not is_peer_error(failure)]
-    return min(primary or failures, key=lambda failure: FAILURE_KINDS.index(failure.kind))
+    # A rank whose collective times out closes its connections, and its peers report that.
+    timeouts = [failure for failure in failures if is_collective_timeout(failure)]
+    candidates = primary or timeouts or failures
+    return min(candidates, key=lambda failure: FAILURE_KINDS.index(failure.kind))
 
 
 def is_peer_error(failure: Message) -> bool:

@@ -152,6 +152,12 @@ def test_the_primary_error_is_preferred_to_secondary_ones_and_to_less_informativ
     assert root_cause([secondary]) is secondary
 
 
+def test_among_secondary_errors_a_timeout_is_preferred():
+    closed = Message(0, "error", error="RuntimeError", traceback="[gloo] Connection closed")
+    timeout = Message(1, "error", error="RuntimeError", traceback="[gloo] Timed out")
+    assert root_cause([closed, timeout]) is timeout
+
+
 # Killed and stopped ranks
 
 
