@@ -174,7 +174,9 @@ def time_prewarmed_start(name, world, rounds):
         return "not available"
     times = []
     for _ in range(rounds):
-        calls, _, _ = finish(*start_kernel(name, world, "prewarmed"))
+        calls, hung, _ = finish(*start_kernel(name, world, "prewarmed"))
+        if hung or calls[0]["error"]:
+            return "fails"
         times.append(calls[0]["first_step"])
     return f"{statistics.median(times):.2f} s"
 
