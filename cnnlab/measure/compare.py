@@ -158,7 +158,7 @@ def measure_interleaved(
     if differences and not allow_confounders:
         listed = [f"{name}: {', '.join(map(str, found))}" for name, found in differences.items()]
         raise CnnlabError(
-            f"the comparison is not fair: besides the technique, {'; '.join(listed)} differ. "
+            f"the comparison is not fair: besides the technique, it changes {'; '.join(listed)}. "
             "Make these equal, or use allow_confounders=True; plots then show the differences."
         )
     found = {name: Measurement(name=name, recipe=recipe) for name, recipe in recipes.items()}

@@ -17,7 +17,7 @@ STEPS = 10  # timed and profiled
 PARTS = {
     "loader": "waiting for the loader",
     "arithmetic": "arithmetic (convolutions, matrix products)",
-    "memory": "memory traffic (all other operations)",
+    "memory": "other operations (elementwise, pooling)",
     "launch": "launch overhead",
     "communication": "waiting for other ranks",
 }
