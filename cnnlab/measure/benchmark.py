@@ -1,16 +1,11 @@
 """The one timer: functions run interleaved; figures are medians with quartiles."""
 
-import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from timeit import default_timer
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.benchmark import timer
-
-from cnnlab.training import techniques
 
 WARMUP_CALLS = 3  # on a GPU, before timing and graph capture: they allocate and choose algorithms
 
@@ -63,61 +58,6 @@ def benchmark_interleaved(
     return figures
 
 
-@contextmanager
-def benchmark_mode() -> Iterator[None]:
-    """Turn TF32 off and cuDNN's autotuning on; afterwards restore both and free GPU memory."""
-    torch.compiler.reset()  # else shapes that differ from earlier ones compile as dynamic: slower
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    techniques.set_tf32(False)
-    cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def cuda_graphed(step: Callable[[], Any]) -> Callable[[], Any]:
-    """`step` as a CUDA graph, captured at the first call: one launch for all its kernels.
-
-    Each call overwrites the result of the one before. See "Whole-network capture" in the CUDA
-    semantics notes of PyTorch's documentation.
-    """
-    graph = torch.cuda.CUDAGraph()
-    captured: list[Any] = []
-
-    def replay() -> Any:
-        if not captured:
-            captured.append(_capture(graph, step))
-        graph.replay()
-        return captured[0]
-
-    return replay
-
-
-def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
-    """The norm of the difference, relative to the norm of `exact`."""
-    result, exact = result.detach().double().cpu(), exact.detach().double().cpu()
-    return float((result - exact).norm() / exact.norm())
-
-
 def describe_failure(error: Exception) -> dict[str, str]:
     """{"failed": message}, on one line and at most 300 characters long."""
     return {"failed": f"{type(error).__name__}: " + " ".join(str(error).split())[:300]}
-
-
-def _capture(graph: torch.cuda.CUDAGraph, step: Callable[[], Any]) -> Any:
-    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(main)
-    with torch.cuda.stream(side):  # warm-up must not run on the default stream
-        for _ in range(WARMUP_CALLS):
-            step()
-    main.wait_stream(side)
-    try:
-        with torch.cuda.graph(graph):
-            return step()
-    finally:
-        torch.cuda.set_stream(main)  # a capture that fails leaves its own stream current

@@ -7,10 +7,12 @@ writes DIR/device-NAME.json, which lessons show on machines that lack the device
 
 import argparse
 import copy
+import gc
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -28,10 +30,7 @@ from cnnlab.measure import peaks
 from cnnlab.measure.benchmark import (
     WARMUP_CALLS,
     benchmark_interleaved,
-    benchmark_mode,
-    cuda_graphed,
     describe_failure,
-    relative_error,
 )
 from cnnlab.measure.memory import allocated_bytes, saved_tensor_bytes
 from cnnlab.model import build
@@ -66,6 +65,61 @@ class Trainer:
     images: torch.Tensor
     loss: Callable[[], torch.Tensor]  # forward
     step: Callable[[], torch.Tensor]  # forward, backward, update; does not synchronize
+
+
+@contextmanager
+def benchmark_mode() -> Iterator[None]:
+    """Turn TF32 off and cuDNN's autotuning on; afterwards restore both and free GPU memory."""
+    torch.compiler.reset()  # else shapes that differ from earlier ones compile as dynamic: slower
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    techniques.set_tf32(False)
+    cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def cuda_graphed(step: Callable[[], Any]) -> Callable[[], Any]:
+    """`step` as a CUDA graph, captured at the first call: one launch for all its kernels.
+
+    Each call overwrites the result of the one before. See "Whole-network capture" in the CUDA
+    semantics notes of PyTorch's documentation.
+    """
+    graph = torch.cuda.CUDAGraph()
+    captured: list[Any] = []
+
+    def replay() -> Any:
+        if not captured:
+            captured.append(_capture(graph, step))
+        graph.replay()
+        return captured[0]
+
+    return replay
+
+
+def _capture(graph: torch.cuda.CUDAGraph, step: Callable[[], Any]) -> Any:
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):  # warm-up must not run on the default stream
+        for _ in range(WARMUP_CALLS):
+            step()
+    main.wait_stream(side)
+    try:
+        with torch.cuda.graph(graph):
+            return step()
+    finally:
+        torch.cuda.set_stream(main)  # a capture that fails leaves its own stream current
+
+
+def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """The norm of the difference, relative to the norm of `exact`."""
+    result, exact = result.detach().double().cpu(), exact.detach().double().cpu()
+    return float((result - exact).norm() / exact.norm())
 
 
 def make_trainer(

@@ -306,3 +306,21 @@ def test_a_gpu_passes_its_checks_and_its_graph_trains_alike():
     one_by_one = graphs["losses"]["one by one"]
     assert graphs["losses"]["one CUDA graph"] == pytest.approx(one_by_one, rel=1e-3)
     assert device.overlap("cuda", quick=True)["ways"]["at the same time"]["n"] >= 2
+
+
+def test_benchmark_mode_restores_the_settings_of_torch():
+    def settings():
+        cudnn = torch.backends.cudnn
+        return torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+
+    before = settings()
+    with pytest.raises(ZeroDivisionError), device.benchmark_mode():
+        assert settings() == (False, False, True)
+        raise ZeroDivisionError
+    assert settings() == before
+
+
+def test_the_relative_error_is_that_of_the_norms():
+    exact = torch.tensor([3.0, 4.0])
+    assert device.relative_error(exact, exact) == 0
+    assert device.relative_error(exact + torch.tensor([0.0, 0.5]), exact) == pytest.approx(0.1)
