@@ -5,8 +5,6 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +55,8 @@ def save(folder: str, step: int, recipe: Recipe, state: TrainState) -> Checkpoin
     # Batch-norm statistics differ between ranks: those of rank 0 count, as in evaluation.
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     try:
-        with _without_warnings():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a single process has no process group
             dcp.save(values, checkpoint_id=part, planner=planner)
     except CheckpointException as error:  # the same in all ranks; not a subclass of Exception
         reason, _ = next(iter(error.failures.values()))
@@ -146,7 +145,8 @@ def _load(path: Path, recipe: Recipe, state: TrainState) -> int:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         rng_states = {name: rng for name, rng in _rng_states(recipe).items() if name in saved}
         values = {**_state_dicts(state), **rng_states, "step": 0}
-        with _without_warnings():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             dcp.load(values, checkpoint_id=path)
         state.network.load_state_dict(values["model"])
         set_optimizer_state_dict(state.network, state.optimizer, values["optimizer"])
@@ -190,14 +190,6 @@ def _rank() -> int:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Hide the warning that a single process has no process group."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _cannot_load(path: Path, error: BaseException) -> CnnlabError:

@@ -81,10 +81,7 @@ class Clock:
             self.spans.append([phase, self.to_wall_clock + begin, self.to_wall_clock + end])
 
     def record_communication(self, began_at: float) -> None:
-        """Record a transfer that began at `began_at` (`time.perf_counter`) and ends now.
-
-        Can be called from any thread.
-        """
+        """Record a transfer from `began_at` (`time.perf_counter`) to now, from any thread."""
         if self.device.type == "cpu":
             self.communication.append((began_at, time.perf_counter()))
 
@@ -103,8 +100,8 @@ class Clock:
         for spans, communication in self.recent:
             phases += spans
             for begin, end in communication:
-                span = ["communication", self.to_wall_clock + begin, self.to_wall_clock + end]
-                transfers.append(span)
+                wall_clock = self.to_wall_clock + begin, self.to_wall_clock + end
+                transfers.append(["communication", *wall_clock])
         return phases + transfers
 
 
