@@ -5,8 +5,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
-# Tests that start no processes and train nothing for long.
-FAST_TESTS := tests/plots tests/measure/test_scaling.py tests/measure/test_compare.py \
+# Unit tests that start no ranks.
+FAST_TESTS := tests/plots tests/data/test_loader.py \
+	tests/measure/test_scaling.py tests/training/test_clock.py \
 	$(addprefix tests/test_,$(addsuffix .py,check events imports machine model packaging recipe record))
 
 # How long a waiting OpenMP thread spins before it sleeps. The default blocks a core that the browser
