@@ -1,4 +1,4 @@
-"""Plots: pure `draw(ax, data)` functions, the same for live, recorded and tested data."""
+"""Pure `draw(ax, data)` functions on empty axes, the same for live, recorded and tested runs."""
 
 from cnnlab.plots.runs import accuracy, loss, loss_curve, throughput
 from cnnlab.plots.scaling import scaling_curve

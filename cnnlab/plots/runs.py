@@ -1,130 +1,104 @@
-"""Pictures of runs: pure `draw(ax, data)` functions, the same for live, recorded and tested plots.
+"""Loss, accuracy and throughput of runs, while they train or afterwards."""
 
-The curves can be drawn again on the same axes with more data: a line that is there already only gets new points.
-"""
+from collections.abc import Sequence
 
 import numpy as np
 
-from cnnlab.events import Evaluated, Progress, Started
-from cnnlab.plots.style import (
-    BY,
-    COLORS,
-    _curve,
-    _frame,
-    _recipe,
-    _round_up,
-    _running_mean,
-)
+from cnnlab.events import Evaluated, Event, Progress, Started
+from cnnlab.plots.style import Axes, Runs, color_of, finish_curves, round_up, running_mean
+
+Point = tuple[float, float, float]  # training images, seconds, loss
 
 
-def loss(ax, runs, by="images"):
-    """Training loss of each step, mean over the ranks. `runs`: {label: its events so far}; `by`: "images" seen, or "seconds"."""
+def loss(ax: Axes, runs: Runs, by: str = "images") -> None:
+    """Draw the training loss of each step and its running mean, against `by`: images or seconds."""
     highest = 0.0
     for number, (label, events) in enumerate(runs.items()):
         x, losses = loss_curve(events, by)
-        colour = COLORS[number % len(COLORS)]
-        _curve(ax, f"{number} raw", x, losses, color=colour, alpha=0.3, linewidth=0.8)
-        _curve(
-            ax, f"{number} mean", x, _running_mean(losses), color=colour, linewidth=1.8, label=label
-        )
-        highest = max([highest, *losses])
-    _frame(ax, "training loss (cross-entropy)", BY[by], runs)
-    ax.set_ylim(
-        0,
-        2.5
-        if highest < 2.5
-        else min(2.0 ** np.ceil(np.log2(highest)), 64)
-        if np.isfinite(highest)
-        else 64,
-    )
+        color = color_of(number)
+        ax.plot(x, losses, color=color, alpha=0.3, linewidth=0.8)
+        ax.plot(x, running_mean(losses), color=color, linewidth=1.8, label=label)
+        highest = max([highest, *losses[np.isfinite(losses)]])
+    ax.set_ylim(0, _loss_limit(highest))
+    finish_curves(ax, runs, "training loss (cross-entropy)", by, "upper right")
 
 
-def accuracy(ax, runs, by="images"):
-    """Accuracy against images seen, or seconds: held-out images as points, training images, as they came, as a faint line."""
+def accuracy(ax: Axes, runs: Runs, by: str = "images") -> None:
+    """Draw the accuracy on held-out images, and on training images as they came, against `by`."""
     for number, (label, events) in enumerate(runs.items()):
-        colour = COLORS[number % len(COLORS)]
-        shown = [event for event in events if event.rank == 0]
-        progress = [event for event in shown if isinstance(event, Progress)]
-        held_out = [event for event in shown if isinstance(event, Evaluated)]
-        batch = _recipe(shown).batch_size if progress or held_out else 1
-        x = lambda event: event.seconds if by == "seconds" else event.step * batch
-        _curve(
-            ax,
-            f"{number} train",
-            [x(e) for e in progress],
-            [100 * e.accuracy for e in progress],
-            color=colour,
-            alpha=0.35,
-            linewidth=1,
-        )
-        _curve(
-            ax,
-            f"{number} test",
-            [x(e) for e in held_out],
-            [100 * e.accuracy for e in held_out],
-            color=colour,
-            marker="o",
-            markersize=4,
-            linewidth=1.5,
-            label=label,
-        )
-    _frame(ax, "accuracy (%): held out (points), training (faint)", BY[by], runs)
+        color = color_of(number)
+        training = [e for e in events if isinstance(e, Progress) and e.rank == 0]
+        held_out = [e for e in events if isinstance(e, Evaluated) and e.rank == 0]
+        x, y = _accuracy_curve(events, training, by)
+        ax.plot(x, y, color=color, alpha=0.35, linewidth=1)
+        x, y = _accuracy_curve(events, held_out, by)
+        # The last point lies on the right edge of the axes, which would cut its marker in half.
+        ax.plot(x, y, "o-", color=color, markersize=4, label=label, clip_on=False)
     ax.set_ylim(0, 102)
+    finish_curves(ax, runs, "accuracy (%): held out (points), training (faint)", by, "lower right")
 
 
-def throughput(ax, runs):
-    """Images/s, all ranks together, against seconds of training; the warm-up left out."""
+def throughput(ax: Axes, runs: Runs) -> None:
+    """Draw images/s of all ranks together, without the warm-up, against seconds of training."""
     highest = 1.0
     for number, (label, events) in enumerate(runs.items()):
-        progress = [
-            e for e in events if isinstance(e, Progress) and e.rank == 0 and not e.warming_up
-        ]
-        rates = [e.images_per_s for e in progress]
-        _curve(
-            ax,
-            f"{number}",
-            [e.seconds for e in progress],
-            rates,
-            color=COLORS[number % len(COLORS)],
-            linewidth=1.5,
-            marker=".",
-            label=label,
-        )
+        progress = [e for e in events if isinstance(e, Progress) and e.rank == 0]
+        timed = [e for e in progress if not e.warming_up]
+        rates = [e.images_per_s for e in timed]
+        ax.plot([e.seconds for e in timed], rates, ".-", color=color_of(number), label=label)
         highest = max([highest, *rates])
-    _frame(ax, "images/s", "seconds of training", runs)
-    ax.set_ylim(0, _round_up(1.1 * highest))
+    ax.set_ylim(0, round_up(1.1 * highest))
+    finish_curves(ax, runs, "images/s", "seconds", "lower right")
 
 
-def loss_curve(events, by="images"):
-    """(images seen, or seconds of training; loss) of every step: mean over the ranks, as far as all have reported.
+def loss_curve(events: Sequence[Event], by: str = "images") -> tuple[np.ndarray, np.ndarray]:
+    """Training images or seconds (`by`) and the loss of every step, mean over the ranks.
 
-    Under async, whose ranks take steps of their own, those of rank 0. What was trained again after a restart counts once.
+    The curve ends where the slowest rank is. Under async, where each rank takes its own steps, it
+    shows rank 0. Steps that are trained again after a restart count once.
     """
-    ranks, begun, world, alone = (
-        {},
-        {},
-        0,
-        False,
-    )  # {rank: [(images, seconds, loss)]}, {rank: (images, seconds) at its start}
+    ranks: dict[int, list[Point]] = {}
+    origins: dict[int, tuple[float, float]] = {}  # (images, seconds) where each rank (re)started
+    expected = 0
     for event in events:
         if isinstance(event, Started):
-            world, alone = event.world, event.recipe.strategy == "async"
+            expected = 1 if event.recipe.strategy == "async" else event.world
             images = event.first_step * event.recipe.batch_size
-            kept = ranks[event.rank] = [
-                point for point in ranks.get(event.rank, []) if point[0] <= images
-            ]
-            begun[event.rank] = images, kept[-1][1] if kept else 0.0
+            kept = [point for point in ranks.get(event.rank, []) if point[0] <= images]
+            ranks[event.rank] = kept
+            origins[event.rank] = (images, kept[-1][1] if kept else 0.0)
         elif isinstance(event, Progress) and event.rank in ranks:
-            points, steps = ranks[event.rank], len(event.losses)
-            images, seconds = points[-1][:2] if points else begun[event.rank]
-            new = np.linspace(
-                (images, seconds), (event.images, begun[event.rank][1] + event.seconds), steps + 1
-            )[1:]
-            points += [(*at, loss) for at, loss in zip(new, event.losses)]
-    if alone:
-        ranks, world = {0: ranks.get(0, [])}, 1
-    done = min(map(len, ranks.values())) if ranks and len(ranks) >= world else 0
-    if not done:
-        return [], []
-    points = np.mean([points[:done] for points in ranks.values()], axis=0)
-    return points[:, 1 if by == "seconds" else 0], points[:, 2]
+            ranks[event.rank] += _new_points(event, ranks[event.rank], origins[event.rank])
+    curves = [ranks.get(rank, []) for rank in range(expected)]
+    common = min((len(curve) for curve in curves), default=0)
+    if common == 0:
+        return np.zeros(0), np.zeros(0)
+    points = np.mean([curve[:common] for curve in curves], axis=0)
+    column = 1 if by == "seconds" else 0
+    return points[:, column], points[:, 2]
+
+
+def _loss_limit(highest: float) -> float:
+    """The upper limit of the loss axis: it starts above ln(10) and ignores divergence."""
+    if highest <= 2.5:
+        return 2.5
+    return round_up(min(highest, 70.0))
+
+
+def _new_points(event: Progress, points: list[Point], origin: tuple[float, float]) -> list[Point]:
+    """The steps that `event` reports, spread evenly between the previous event and this one."""
+    images, seconds = points[-1][:2] if points else origin
+    steps = len(event.losses)
+    x = np.linspace(images, event.images, steps + 1)[1:]
+    t = np.linspace(seconds, origin[1] + event.seconds, steps + 1)[1:]
+    return list(zip(x, t, event.losses, strict=True))
+
+
+def _accuracy_curve(
+    events: Sequence[Event], points: Sequence[Progress | Evaluated], by: str
+) -> tuple[list[float], list[float]]:
+    percent = [100 * point.accuracy for point in points]
+    if by == "seconds":
+        return [point.seconds for point in points], percent
+    batch_size = next((e.recipe.batch_size for e in events if isinstance(e, Started)), 1)
+    return [point.step * batch_size for point in points], percent

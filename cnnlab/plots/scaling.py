@@ -1,61 +1,67 @@
-"""Pictures of runs: pure `draw(ax, data)` functions, the same for live, recorded and tested plots.
+"""Speedup against the number of workers."""
 
-The curves can be drawn again on the same axes with more data: a line that is there already only gets new points.
-"""
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from cnnlab.measure.compare import Speedup
 from cnnlab.measure.scaling import amdahl
-from cnnlab.plots.style import (
-    COLORS,
-    PREDICTED,
-    REJECTED,
-    _plain,
-)
+from cnnlab.plots.style import COLORS, PREDICTED, REJECTED, Axes, hide_frame
 
 
-def scaling_curve(ax, workers, measured, serial=None, prediction=None, law=amdahl):
-    """Speedup against workers: measured points beside the ideal line, and the law's curve for a serial share.
+def scaling_curve(
+    ax: Axes,
+    workers: Sequence[int],
+    measured: Sequence[Speedup],
+    serial: float | None = None,
+    prediction: Mapping[int, float] | None = None,
+    law: Callable = amdahl,
+) -> None:
+    """Draw measured speedups next to the ideal line and the curve of a scaling law.
 
-    `measured`: a `Speedup` for each entry of `workers`. `prediction`: {workers: speedup}, made before. `law`: `amdahl` where
-    the work stays the same (strong scaling), `gustafson` where it grows with the workers (weak scaling).
+    `measured` has a `Speedup` for each entry of `workers`. `law` is `amdahl` for strong scaling and
+    `gustafson` for weak scaling; its curve is drawn if the `serial` fraction is given. `prediction`
+    is the learner's: {workers: speedup}.
     """
     n = np.linspace(1, max([2, *workers]), 50)
     ax.plot(n, n, "--", color=REJECTED, label="ideal")
     if serial is not None:
+        label = f"{law.__name__.title()}, {100 * serial:.0f}% serial"
+        ax.plot(n, law(n, serial), color=COLORS[1], label=label)
+    if measured:
+        _draw_measured(ax, workers, measured)
+    guesses = dict(prediction or {})
+    if guesses:
         ax.plot(
-            n,
-            law(n, serial),
-            color=COLORS[1],
-            label=f"{law.__name__.title()}, {100 * serial:.0f}% serial",
-        )
-    values = [speedup.value for speedup in measured]
-    known = [np.isfinite(s.high) for s in measured]  # one run alone has no interval
-    spread = [
-        [(s.value - s.low) * k for s, k in zip(measured, known)],
-        [min(s.high - s.value, s.value) if k else 0 for s, k in zip(measured, known)],
-    ]
-    ax.errorbar(
-        workers,
-        values,
-        yerr=spread,
-        fmt="o",
-        color=COLORS[0],
-        capsize=3,
-        label="measured" + " (95% confidence)" * any(known),
-    )
-    if prediction:
-        ax.plot(
-            list(prediction),
-            list(prediction.values()),
+            list(guesses),
+            list(guesses.values()),
             "x",
             color=PREDICTED,
             markersize=9,
             label="your prediction",
         )
+    values = [speedup.value for speedup in measured]
+    ax.set_ylim(0, 1.1 * max([2, *workers, *values, *guesses.values()]))
     ax.set_xticks(sorted({1, *workers}))
     ax.set_xlabel("workers")
     ax.set_ylabel(f"speedup over {measured[0].baseline}" if measured else "speedup")
-    ax.set_ylim(0, 1.1 * max([2, *workers, *values, *(prediction or {}).values()]))
     ax.legend(frameon=False, fontsize=9, loc="upper left")
-    _plain(ax)
+    hide_frame(ax)
+
+
+def _draw_measured(ax: Axes, workers: Sequence[int], measured: Sequence[Speedup]) -> None:
+    values = np.array([speedup.value for speedup in measured])
+    low = np.array([speedup.low for speedup in measured])
+    high = np.array([speedup.high for speedup in measured])
+    known = np.isfinite(high)  # a single run has no confidence interval
+    below = np.where(known, values - low, 0.0)
+    above = np.where(known, np.minimum(high - values, values), 0.0)
+    ax.errorbar(
+        workers,
+        values,
+        yerr=[below, above],
+        fmt="o",
+        color=COLORS[0],
+        capsize=3,
+        label="measured (95% CI)" if known.any() else "measured",
+    )

@@ -1,209 +1,178 @@
-"""Pictures of runs: pure `draw(ax, data)` functions, the same for live, recorded and tested plots.
+"""Speed of recipes: images/s, the ladder, and the roofline."""
 
-The curves can be drawn again on the same axes with more data: a line that is there already only gets new points.
-"""
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from cnnlab.measure.compare import speedup
+from cnnlab.measure.compare import Measurement, speedup
 from cnnlab.plots.style import (
-    CLEAR,
     COLORS,
     PREDICTED,
     RECORDED,
     REJECTED,
-    _plain,
+    Axes,
+    color_of,
+    hide_frame,
+    label_at,
     machine_label,
 )
 
 
-def speedup_bars(ax, measurements, prediction=None, caveat=None):
-    """Images/s of each `Measurement` with its quartiles, and its `Speedup` over the first. `prediction`: of the last's.
+def speedup_bars(
+    ax: Axes,
+    measurements: Mapping[str, Measurement],
+    prediction: float | None = None,
+    caveat: Mapping[str, Sequence] | None = None,
+) -> None:
+    """Draw the median images/s of each measurement with quartiles, and its speedup over the first.
 
-    `caveat`: what else differs, as `compare.confounders` says; it is written on the plot.
+    `prediction` is the learner's, of the last speedup. `caveat` is what `compare.confounders`
+    returns; it becomes the title.
     """
-    names = list(measurements)
-    quartiles = [measurements[name].quartiles for name in names]
-    medians = [median for _, median, _ in quartiles]
-    errors = [
-        [median - q1 for q1, median, _ in quartiles],
-        [q3 - median for _, median, q3 in quartiles],
-    ]
-    ax.barh(
-        names,
-        medians,
-        xerr=errors,
-        color=[COLORS[i % len(COLORS)] for i in range(len(names))],
-        capsize=3,
-        height=0.6,
-    )
-    gains = [speedup(measurements[names[0]], measurements[name]) for name in names]
-    for row, (gain, (_, median, q3)) in enumerate(zip(gains, quartiles)):
-        said = (
-            f"  ({gain.value:.2f}x"
-            + ("" if gain.significant else ": no significant difference")
-            + ")"
-        )
-        ax.annotate(
-            f"{median:,.0f}" + (said if row else ""),
-            (q3, row),
-            (8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            bbox=CLEAR,
-        )
+    baseline, *_ = measurements.values()
+    unit = baseline.quartiles[1]
+    widest = 0.0
+    for row, measurement in enumerate(measurements.values()):
+        q1, median, q3 = measurement.quartiles
+        error = [[median - q1], [q3 - median]]
+        ax.barh(row, median, xerr=error, color=color_of(row), capsize=3, height=0.6)
+        label = f"{median:,.0f}"
+        if row > 0:
+            label += f"  ({_speedup_label(baseline, measurement)})"
+        label_at(ax, label, q3, row)
+        widest = max(widest, q3)
+    right = 1.8 * widest  # room for the labels
     if prediction:
-        x, last = prediction * medians[0], len(names) - 1
+        last = len(measurements) - 1
+        x = prediction * unit
         ax.plot([x, x], [last - 0.4, last + 0.4], color=PREDICTED, linestyle=":", linewidth=2)
-        ax.annotate(
-            "your prediction",
-            (x, last - 0.4),
-            (0, 2),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-        )
+        ax.text(x, last - 0.42, "your prediction", ha="center", va="bottom", fontsize=9)
+        right = max(right, 1.15 * x)
+    ax.set_xlim(0, right)
+    ax.set_yticks(range(len(measurements)), list(measurements))
     ax.invert_yaxis()
-    ax.set_xlim(
-        0,
-        max(
-            [
-                1.7 * max([*medians, *(q3 for _, _, q3 in quartiles)]),
-                1.1 * (prediction or 0) * medians[0],
-            ]
-        ),
-    )  # room for what is said
-    ax.set_xlabel("images/s: median, quartiles")
+    ax.set_xlabel("images/s (median, quartiles)")
     if caveat:
-        ax.set_title(
-            "not the same work: "
-            + ", ".join(f"{name} {values}" for name, values in caveat.items()),
-            color=COLORS[1],
-            fontsize=9,
-        )
-    _plain(ax)
+        differences = ", ".join(f"{name} {values}" for name, values in caveat.items())
+        ax.set_title(f"not the same work: {differences}", color=COLORS[1], fontsize=9)
+    hide_frame(ax)
 
 
-def ladder_bars(ax, rungs, prediction=None, recorded=None, running=None):
-    """The ladder so far: a bar a rung, speedup over the naive baseline with its 95% confidence interval.
+def ladder_bars(
+    ax: Axes,
+    rungs: Sequence[Mapping[str, Any]],
+    prediction: float | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    running: str | None = None,
+) -> None:
+    """Draw the speedup of each rung over the naive baseline, with its 95% confidence interval.
 
-    `rungs`: rungs as JSON has them (`Rung.to_dict`), from the ground up; those that lost are grey. `prediction`:
-    of the best rung's speedup. `recorded`: what `cnnlab ladder --json` wrote on another machine, drawn as
-    diamonds beside the rungs of the same name. `running`: name of the rung being measured.
+    `rungs` are as in JSON (`Rung.to_dict`), the baseline first; rungs that were not kept are gray.
+    `prediction` is the learner's, of the best speedup. `recorded` is a ladder of another machine as
+    `cnnlab ladder --json` writes it, drawn as diamonds. `running` names the rung being measured.
     """
-    names = [rung["name"] for rung in rungs] + (
-        [running] if running and running not in [rung["name"] for rung in rungs] else []
-    )
     others = {rung["name"]: rung["speedup"] for rung in recorded["rungs"]} if recorded else {}
-    names += [name for name in others if name not in names]
-    widest = max(
-        [
-            2.0,
-            *(min(rung["speedup_ci"][1], 1.5 * rung["speedup"]) for rung in rungs),
-            *others.values(),
-            prediction or 0,
-        ]
-    )
+    names = list(dict.fromkeys([rung["name"] for rung in rungs] + [running] + list(others)))
+    names = [name for name in names if name]
+    ends = [min(rung["speedup_ci"][1], 1.5 * rung["speedup"]) for rung in rungs]
+    widest = max([2.0, prediction or 0.0, *ends, *others.values()])
     for row, rung in enumerate(rungs):
-        (low, high), value, kept = rung["speedup_ci"], rung["speedup"], rung["kept"]
-        colour = REJECTED if kept is False else COLORS[5] if kept is None else COLORS[0]
-        ax.barh(
-            row,
-            value,
-            color=colour,
-            height=0.6,
-            hatch="//" if kept is False else None,
-            edgecolor="white",
-        )
-        if 0 < low < high < float("inf"):
-            ax.errorbar(
-                value,
-                row,
-                xerr=[[value - low], [high - value]],
-                color="black",
-                capsize=3,
-                linewidth=1,
-            )
-        lost = (
-            "  slower: left out"
-            if rung["over_below_ci"][1] < 1
-            else "  no significant gain: left out"
-        )
-        ax.annotate(
-            f"{value:.2f}x" + {True: "", False: lost, None: "  ..."}[kept],
-            (max(value, min(high, widest)), row),
-            (6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            bbox=CLEAR,
-        )
-    if others:
-        points = [(value, names.index(name)) for name, value in others.items()]
-        where = f"recorded: {machine_label(recorded['machine'])}, batch {recorded['recipe']['batch_size']}"
+        _draw_rung(ax, row, rung, widest)
+    if recorded and others:
+        batch_size = recorded["recipe"]["batch_size"]
+        label = f"recorded: {machine_label(recorded['machine'])}, batch {batch_size}"
+        rows = [names.index(name) for name in others]
         ax.plot(
-            *zip(*points), "D", color=RECORDED, markersize=5, markerfacecolor="none", label=where
+            list(others.values()),
+            rows,
+            "D",
+            color=RECORDED,
+            mfc="none",
+            ms=5,
+            zorder=4,
+            label=label,
         )
     if prediction:
-        ax.axvline(
-            prediction,
-            color=PREDICTED,
-            linestyle=":",
-            linewidth=2,
-            label=f"your prediction: {prediction:g}x",
-        )
+        label = f"your prediction: {prediction:g}x"
+        ax.axvline(prediction, color=PREDICTED, linestyle=":", linewidth=2, label=label)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(max(len(names), 4) - 0.4, -0.6)
     ax.set_xlim(0, 1.5 * widest)
-    ax.set_xlabel("speedup over the naive baseline (bars: 95% confidence)")
+    ax.set_xlabel("speedup over the naive baseline (95% CI)")
     if others or prediction:
         ax.legend(frameon=False, loc="upper right", fontsize=9)
-    _plain(ax)
+    hide_frame(ax)
 
 
-def roofline(ax, peaks, points=None, precision="fp32"):
-    """The roofline of Williams, Waterman and Patterson (2009): attainable FLOP/s against FLOP per byte moved.
+def roofline(
+    ax: Axes,
+    peaks: Mapping[str, float],
+    points: Mapping[str, tuple[float, float]] | None = None,
+    precision: str = "fp32",
+) -> None:
+    """Draw the roofline of Williams, Waterman and Patterson (2009): attainable FLOP/s.
 
-    `peaks`: as `peaks.peaks` measures them; `points`: {name: (FLOP per byte, FLOP/s)}.
+    `peaks` is what `peaks.peaks` measures: FLOP/s of each precision, and bytes/s of "copy".
+    `points` is {name: (FLOP per byte, FLOP/s)}. The roof of `precision` is drawn bold.
     """
     intensity = np.logspace(-1, 4, 200)
-    shown = [name for name in peaks if name != "copy"]
-    for number, name in enumerate(shown):
-        style = dict(
-            color=COLORS[number],
-            linewidth=2 if name == precision else 1,
-            alpha=1 if name == precision else 0.6,
-        )
+    precisions = [name for name in peaks if name != "copy"]
+    for number, name in enumerate(precisions):
+        bold = name == precision
         roof = np.minimum(peaks["copy"] * intensity, peaks[name]) / 1e9
-        ax.loglog(intensity, roof, label=f"{name} peak {peaks[name] / 1e9:,.0f} GFLOP/s", **style)
-    labels = []  # (x, y) of each: one that would lie on another moves up
-    for number, (name, (x, y)) in enumerate(
-        sorted((points or {}).items(), key=lambda item: item[1][1])
-    ):
-        ax.plot(x, y / 1e9, "o", color=COLORS[(number + 1) % len(COLORS)], markersize=7)
-        height = max(
-            [
-                y / 1e9,
-                *(
-                    1.45 * below
-                    for left, below in labels
-                    if 0.3 < x / left < 3 and below < y / 1e9 * 1.45
-                ),
-            ]
+        ax.loglog(
+            intensity,
+            roof,
+            label=f"{name} peak {peaks[name] / 1e9:,.0f} GFLOP/s",
+            color=COLORS[number],
+            linewidth=2 if bold else 1,
+            alpha=1 if bold else 0.6,
         )
-        labels.append((x, height))
-        ax.annotate(
-            name,
-            (x, height),
-            (8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            bbox=CLEAR,
-        )
+    _draw_roofline_points(ax, points or {})
     ax.set_xlabel("arithmetic intensity (FLOP per byte moved)")
     ax.set_ylabel("GFLOP/s")
-    ax.set_title(f"memory: {peaks['copy'] / 1e9:.0f} GB/s copied", fontsize=10)
+    ax.set_title(f"memory bandwidth: {peaks['copy'] / 1e9:.0f} GB/s copied", fontsize=10)
     ax.legend(frameon=False, fontsize=9, loc="lower right")
-    _plain(ax)
+    hide_frame(ax)
+
+
+def _speedup_label(baseline: Measurement, measurement: Measurement) -> str:
+    gain = speedup(baseline, measurement)
+    if gain.significant:
+        return f"{gain.value:.2f}x"
+    return f"{gain.value:.2f}x: no significant difference"
+
+
+def _draw_rung(ax: Axes, row: int, rung: Mapping[str, Any], widest: float) -> None:
+    low, high = rung["speedup_ci"]
+    value = rung["speedup"]
+    label = f"{value:.2f}x"
+    color, hatch = COLORS[0], None
+    if rung["kept"] is None:  # still being measured
+        label += "  ..."
+        color = COLORS[5]
+    elif not rung["kept"]:
+        slower = rung["over_below_ci"][1] < 1
+        label += "  slower: not kept" if slower else "  no significant gain: not kept"
+        color, hatch = REJECTED, "//"
+    ax.barh(row, value, color=color, height=0.6, hatch=hatch, edgecolor="white")
+    if 0 < low < high < float("inf"):
+        error = [[value - low], [high - value]]
+        ax.errorbar(value, row, xerr=error, color="black", capsize=3, linewidth=1)
+    label_at(ax, label, max(value, min(high, widest)), row, offset=6)
+
+
+def _draw_roofline_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Draw the points from the lowest up, and move a label up that would cover an earlier one."""
+    labels: list[tuple[float, float]] = []
+    ascending = sorted(points.items(), key=lambda item: item[1][1])
+    for number, (name, (x, flops)) in enumerate(ascending, start=1):
+        y = flops / 1e9
+        ax.plot(x, y, "o", color=color_of(number), markersize=7)
+        height = y
+        for other_x, other_y in labels:
+            if 0.3 < x / other_x < 3 and other_y < 1.45 * y:
+                height = max(height, 1.45 * other_y)
+        labels.append((x, height))
+        label_at(ax, name, x, height)

@@ -1,23 +1,22 @@
-"""Pictures of runs: pure `draw(ax, data)` functions, the same for live, recorded and tested plots.
+"""Colors, labels and axis limits that all plots share."""
 
-The curves can be drawn again on the same axes with more data: a line that is there already only gets new points.
-"""
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-REJECTED, RECORDED, PREDICTED = "#BBBBBB", "#888888", "#000000"
-COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)  # Okabe and Ito: told apart by everyone
+from cnnlab.events import Event, Started
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+else:
+    Axes = Any  # importing the plots must not import matplotlib
 
-BY = {"images": "training images seen", "seconds": "seconds of training"}
-
+# The palette of Okabe and Ito, which color-blind readers can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+REJECTED = "#BBBBBB"
+RECORDED = "#888888"
+PREDICTED = "#000000"
 
 PHASES = {
     "waiting": "#E69F00",
@@ -28,101 +27,79 @@ PHASES = {
     "exposed": "#D55E00",
 }
 
+X_LABELS = {"images": "training images seen", "seconds": "seconds of training"}
 
-CLEAR = {
-    "facecolor": "white",
-    "edgecolor": "none",
-    "alpha": 0.8,
-    "pad": 0.5,
-}  # behind text that may lie on a line
+Runs = Mapping[str, Sequence[Event]]  # the events so far of each run, by its label
 
 
-def machine_label(machine):
-    """A machine, as JSON has it, in a few words: processor, cores, GPUs."""
+def machine_label(machine: Mapping[str, Any]) -> str:
+    """A machine, as in JSON, in a few words: processor, cores, GPUs."""
     return ", ".join([machine["name"], f"{machine['cores']} cores", *machine["gpus"]])
 
 
-def _recipe(events):
-    return next(event.recipe for event in events if hasattr(event, "recipe"))
+def color_of(number: int) -> str:
+    """The color of the run or bar with this number; colors repeat after six."""
+    return COLORS[number % len(COLORS)]
 
 
-def _running_mean(values, window=10):
-    """Mean over the last `window` values; over fewer at the start."""
-    padded = np.concatenate([np.zeros(window - 1), values])
-    counts = np.minimum(np.arange(1, len(values) + 1), window)
-    return (
-        np.lib.stride_tricks.sliding_window_view(padded, window).sum(axis=1) / counts
-        if len(values)
-        else counts
-    )
-
-
-def _curve(ax, gid, x, y, **style):
-    """The line of that id, with new points; made when it is not there yet."""
-    line = next((line for line in ax.lines if line.get_gid() == gid), None)
-    if line is None:
-        (line,) = ax.plot([], [], gid=gid, **style)
-    line.set_data(x, y)
-    if "label" in style:
-        line.set_label(style["label"])
-
-
-def _frame(ax, title, xlabel, runs):
-    """Limits that seldom change, so that a live picture need not be drawn anew: x ends where the longest run will."""
-    ends = [last for line in ax.lines if len(line.get_xdata()) for last in [line.get_xdata()[-1]]]
-    totals = [
-        event.steps * event.recipe.batch_size
-        for events in runs.values()
-        for event in events
-        if hasattr(event, "recipe")
-    ]
-    ax.set_xlim(
-        0, max(totals, default=1) if "images" in xlabel else _round_up(max(ends, default=1))
-    )
-    if ax.get_xlabel() != xlabel:
-        ax.set_title(title, fontsize=10, loc="left")
-        ax.set_xlabel(xlabel)
-        _plain(ax)
-    labels = list(runs)
-    legend = ax.get_legend()
-    if len(labels) > 1 and (
-        legend is None or [text.get_text() for text in legend.get_texts()] != labels
-    ):
-        ax.legend(frameon=False, fontsize=8, loc="best" if "loss" in title else "lower right")
-
-
-def _fit(ax, width, room):
-    """Limits for bars up to `width`, and as much room; they stay while they fit: a live picture is then drawn faster."""
-    shown = ax.get_xlim()[1] if ax.get_legend() else 0
-    if not width <= shown <= 3 * width:
-        ax.set_xlim(0, _round_up(room * width))
-
-
-def _legend_of_bars(ax, columns):
-    """A legend above bars that are thick lines; thinner in it."""
-    ax.legend(
-        frameon=False,
-        fontsize=8,
-        ncols=columns,
-        loc="upper left",
-        columnspacing=0.8,
-        handlelength=0.8,
-        handletextpad=0.4,
-        borderaxespad=0,
-    )
-    for line in ax.get_legend().get_lines():
-        line.set_linewidth(6)
-
-
-def _round_up(value):
-    """The next of 1, 1.5, 2, 3, 5, 7, 10 times a power of ten: limits that stay put while data grow."""
+def round_up(value: float) -> float:
+    """The next of 1, 1.5, 2, 3, 5, 7, 10 times a power of ten: axis limits that rarely change."""
     power = 10.0 ** np.floor(np.log10(max(value, 1e-9)))
-    return next(
-        step * power for step in (1, 1.5, 2, 3, 5, 7, 10) if step * power >= value * (1 - 1e-9)
-    )
+    steps = [step * power for step in (1, 1.5, 2, 3, 5, 7, 10)]
+    return next(step for step in steps if step >= value * (1 - 1e-9))
 
 
-def _plain(ax):
+def running_mean(values: Sequence[float] | np.ndarray, window: int = 10) -> np.ndarray:
+    """Mean of each value and up to `window - 1` values before it."""
+    if len(values) == 0:
+        return np.zeros(0)
+    padded = np.concatenate([np.zeros(window - 1), values])
+    # A cumulative sum would carry one infinite or NaN loss on to all later means.
+    sums = np.lib.stride_tricks.sliding_window_view(padded, window).sum(axis=1)
+    return sums / np.minimum(np.arange(1, len(values) + 1), window)
+
+
+def finish_curves(
+    ax: Axes, runs: Runs, title: str, by: str, place: Literal["upper right", "lower right"]
+) -> None:
+    """Add title, x axis and legend to curves of `runs`. In images, x ends where the runs will."""
+    if by == "seconds":
+        curves = [np.asarray(line.get_xdata(), float) for line in ax.lines]
+        right = round_up(max((float(x[-1]) for x in curves if len(x)), default=1.0))
+    else:
+        starts = [e for events in runs.values() for e in events if isinstance(e, Started)]
+        right = max((start.steps * start.recipe.batch_size for start in starts), default=1)
+    ax.set_xlim(0, right)
+    ax.set_xlabel(X_LABELS[by])
+    ax.locator_params(nbins=5)
+    ax.set_title(title, fontsize=10, loc="left", y=1.0)
+    if len(runs) > 1:
+        ax.legend(fontsize=8, loc=place, framealpha=0.7, edgecolor="none")
+    hide_frame(ax)
+
+
+def hide_frame(ax: Axes) -> None:
+    """Leave out the upper and right spines, and add a faint grid behind the data."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
     ax.set_axisbelow(True)
+
+
+def label_at(ax: Axes, text: str, x: float, y: float, offset: int = 8) -> None:
+    """Write `text` `offset` points to the right of (x, y), readable where it covers a line."""
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    shift = (offset, 0)
+    ax.annotate(text, (x, y), shift, "data", "offset points", va="center", fontsize=9, bbox=white)
+
+
+def legend_above_bars(ax: Axes, columns: int) -> None:
+    """Add a compact legend in the room that a horizontal bar plot leaves at its top."""
+    compact: Any = {
+        "columnspacing": 0.7,
+        "handlelength": 0.7,
+        "handletextpad": 0.3,
+        "borderaxespad": 0,
+    }
+    legend = ax.legend(frameon=False, fontsize=7.5, ncols=columns, loc="upper left", **compact)
+    for line in legend.get_lines():
+        line.set_linewidth(6)

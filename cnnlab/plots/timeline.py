@@ -1,121 +1,103 @@
-"""Pictures of runs: pure `draw(ax, data)` functions, the same for live, recorded and tested plots.
+"""Where the time of a training step goes: a timeline of the ranks, and the parts of a step."""
 
-The curves can be drawn again on the same axes with more data: a line that is there already only gets new points.
-"""
+from collections.abc import Sequence
 
 import numpy as np
 
-from cnnlab.events import Finished, Progress, Started
-from cnnlab.plots.style import (
-    COLORS,
-    PHASES,
-    _curve,
-    _fit,
-    _legend_of_bars,
-    _plain,
-)
+from cnnlab.events import Event, Finished, Progress, Started
+from cnnlab.plots.style import COLORS, PHASES, Axes, Runs, hide_frame, legend_above_bars, round_up
+
+PARTS = {
+    "compute": COLORS[0],
+    "waiting for data": PHASES["waiting"],
+    "exposed communication": PHASES["exposed"],
+}
+
+# The legend leaves out exposed communication, which has the color of communication.
+PHASE_LABELS = {"waiting": "waiting for data", "exposed": "_"}
+
+COMPUTE_PHASES = ("forward", "backward", "update")
 
 
-def rank_timeline(ax, runs):
-    """The last steps of the newest run, a row a rank: what it did when; in a lane below, when exchanges with other ranks were on.
+def rank_timeline(ax: Axes, runs: Runs) -> None:
+    """Draw the latest steps of the last run: a row for each rank, a bar for each phase.
 
-    Communication in the bar itself is "exposed": the rank had nothing else left to do.
+    A thin bar below a row shows when the rank communicates. Communication in the row itself is
+    exposed: the rank has nothing to compute meanwhile.
     """
     events = list(runs.values())[-1] if runs else []
-    last = {}
-    for event in events:
-        if isinstance(event, Progress) and event.spans:
-            last[event.rank] = event
     world = max((event.world for event in events if isinstance(event, Started)), default=1)
-    until = min((max(end for _, _, end in event.spans) for event in last.values()), default=0.0)
-    since = max((min(begin for _, begin, _ in event.spans) for event in last.values()), default=0.0)
-    for phase, colour in PHASES.items():
-        shared = phase == "communication"
-        spans = [
-            (rank + 0.34 * shared, begin, end)
-            for rank, event in last.items()
-            for name, begin, end in event.spans
-            if name == phase and end > since and begin < until
+    spans = {e.rank: e.spans for e in events if isinstance(e, Progress) and e.spans}
+    # Show only the time for which all ranks have reported.
+    begin = max((min(span[1] for span in rank) for rank in spans.values()), default=0.0)
+    end = min((max(span[2] for span in rank) for rank in spans.values()), default=0.0)
+    for phase, color in PHASES.items():
+        bars = [
+            (rank, 1000 * (start - begin), 1000 * (stop - begin))
+            for rank, rank_spans in spans.items()
+            for name, start, stop in rank_spans
+            if name == phase and stop > begin and start < end
         ]
-        x = [1000 * (time - since) for _, begin, end in spans for time in (begin, end, np.nan)]
-        y = [row for row, _, _ in spans for _ in range(3)]
-        _curve(
-            ax,
-            phase,
-            x,
-            y,
-            color=colour,
-            linewidth=(30 if shared else 90) / max(world, 3),
-            solid_capstyle="butt",
-            label="" if phase == "exposed" else phase,
+        rows, left, right = np.array(bars).reshape(-1, 3).T
+        thin = phase == "communication"
+        ax.hlines(
+            rows + 0.38 if thin else rows,
+            left,
+            right,
+            color=color,
+            linewidth=(24 if thin else 75) / max(world, 3),
+            label=PHASE_LABELS.get(phase, phase),
         )
-    _fit(ax, 1000 * max(until - since, 0.001), 1.1)
-    ax.set_ylim(world - 0.3, -1.1)  # room above for the legend
-    if len(ax.get_yticklabels()) != world or not ax.get_legend():
-        ax.set_yticks(range(world), [f"rank {rank}" for rank in range(world)])
-        ax.set_xlabel("milliseconds: the last steps")
-        ax.spines[["top", "right"]].set_visible(False)
-        _legend_of_bars(ax, 5)
+    ax.set_xlim(0, round_up(1.1 * 1000 * max(end - begin, 0.001)))
+    ax.set_ylim(world - 0.3, -1.1)  # the first row leaves room for the legend
+    ax.set_yticks(range(world), [f"rank {rank}" for rank in range(world)])
+    ax.set_xlabel("milliseconds, latest steps")
+    ax.spines[["top", "right"]].set_visible(False)
+    legend_above_bars(ax, len(PHASES) - 1)
 
 
-def step_breakdown(ax, runs):
-    """Milliseconds a step of each run, a bar each: computing, waiting for the loader, for other ranks. `runs`: {label: events}.
+def step_breakdown(ax: Axes, runs: Runs) -> None:
+    """Draw the milliseconds per step of each run: compute, data loading, exposed communication.
 
-    Of a run under way, those of its last steps; on a GPU, nothing before it has finished.
+    A run in progress shows its latest steps; on a GPU it appears when it has finished.
     """
     steps = {label: parts for label, events in runs.items() if (parts := _step_parts(events))}
-    parts = {
-        "compute": COLORS[0],
-        "waiting for data": PHASES["waiting"],
-        "waiting for other ranks": PHASES["exposed"],
-    }
-    for number, (part, colour) in enumerate(parts.items()):
-        if number == 2 and not any(step[2] for step in steps.values()):
+    rows = range(len(steps))
+    left = np.zeros(len(steps))
+    for number, (part, color) in enumerate(PARTS.items()):
+        widths = np.array([step[number] for step in steps.values()])
+        if part == "exposed communication" and not widths.any():
             continue
-        x = [
-            at
-            for step in steps.values()
-            for at in (sum(step[:number]), sum(step[: number + 1]), np.nan)
-        ]
-        y = [row for row, step in enumerate(steps.values()) for _ in range(3)]
-        _curve(
-            ax,
-            part,
-            x,
-            y,
-            color=colour,
-            linewidth=min(22, 110 / max(len(steps), 1)),
-            solid_capstyle="butt",
-            label=part,
-        )
-    _fit(ax, max((sum(step) for step in steps.values()), default=1.0), 1.15)
-    if [label.get_text() for label in ax.get_yticklabels()] != list(steps) or not ax.get_legend():
-        ax.set_yticks(range(len(steps)), list(steps))
-        ax.set_ylim(max(len(steps), 1) - 0.4, -1.3)  # room above for the legend
-        ax.set_xlabel("milliseconds a step")
-        _legend_of_bars(ax, 3)
-        _plain(ax)
+        ax.barh(rows, widths, left=left, height=0.5, color=color, label=part)
+        left = left + widths
+    ax.set_xlim(0, round_up(1.15 * max([1.0, *left])))
+    ax.set_ylim(max(len(steps), 2) - 0.4, -1.1)  # the first row leaves room for the legend
+    ax.set_yticks(rows, list(steps))
+    ax.set_xlabel("milliseconds per step")
+    legend_above_bars(ax, len(PARTS))
+    hide_frame(ax)
 
 
-def _step_parts(events):
-    """Milliseconds (computing, waiting for data, for other ranks) of a step of rank 0; None where the run has not told yet."""
-    end = next((event for event in events if isinstance(event, Finished) and event.rank == 0), None)
-    if end:
-        return [
-            1000 * (seconds or 0.0)
-            for seconds in (end.compute_s, end.waiting_s, end.communication_s)
-        ]
-    spans = next(
-        (
-            event.spans
-            for event in reversed(events)
-            if isinstance(event, Progress) and event.rank == 0
-        ),
-        [],
-    )
+def _step_parts(events: Sequence[Event]) -> list[float] | None:
+    """Milliseconds per step of rank 0 for each of `PARTS`; None if the run has no figures yet."""
+    for event in reversed(events):
+        if isinstance(event, Finished) and event.rank == 0:
+            parts = (event.compute_s, event.waiting_s, event.communication_s)
+            return [1000 * (seconds or 0.0) for seconds in parts]
+        if isinstance(event, Progress) and event.rank == 0:
+            return _parts_of_spans(event.spans)
+    return None
+
+
+def _parts_of_spans(spans: list) -> list[float] | None:
     steps = sum(phase == "waiting" for phase, _, _ in spans)
-    sums = [
-        sum(end - begin for phase, begin, end in spans if phase in some)
-        for some in (("forward", "backward", "update"), ("waiting",), ("exposed",))
-    ]
-    return [1000 * seconds / steps for seconds in sums] if steps else None
+    if steps == 0:
+        return None
+    compute = _total_seconds(spans, COMPUTE_PHASES)
+    waiting = _total_seconds(spans, ("waiting",))
+    exposed = _total_seconds(spans, ("exposed",))
+    return [1000 * seconds / steps for seconds in (compute, waiting, exposed)]
+
+
+def _total_seconds(spans: list, phases: Sequence[str]) -> float:
+    return sum(end - begin for phase, begin, end in spans if phase in phases)

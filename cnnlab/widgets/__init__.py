@@ -1,7 +1,8 @@
-"""Panels: controls that make a recipe, Run, Stop, and what comes of it live."""
+"""Panels for JupyterLab: controls that make a recipe, Run and Stop, and a live picture."""
 
-from cnnlab.widgets.board import Panel, Picture, slider
+from cnnlab.widgets.board import Panel, slider
 from cnnlab.widgets.panels import LadderPanel, ScalingPanel, TrainingPanel
+from cnnlab.widgets.picture import Picture
 from cnnlab.widgets.prediction import Prediction
 
 __all__ = [

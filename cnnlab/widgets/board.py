@@ -1,325 +1,47 @@
-"""The live board: controls, Run and Stop, a line that says what happens, and a picture that grows.
+"""The base of all panels: controls, Run and Stop, a status line, and a live picture.
 
-The cell that shows a panel returns at once. Training runs in other processes; one thread takes in what they say,
-another draws, at most three times a second. Buttons and sliders only set events, so that they answer at once.
+The cell that shows a panel returns at once. Callbacks only set events, so that controls stay
+responsive. The work runs in other processes; one thread consumes its events, another one draws.
 """
 
 import base64
-import io
+import html
 import os
 import re
 import threading
 import time
 import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
 import ipywidgets as widgets
-import numpy as np
 from IPython.display import publish_display_data
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from cnnlab.launch import launcher
+from cnnlab.launch.failures import RankError
+from cnnlab.launch.processes import prewarm
 from cnnlab.measure import explain
 from cnnlab.recipe import CnnlabError
+from cnnlab.widgets.picture import Draw, Picture
 
-REDRAW_EVERY = 0.3  # seconds, at least ...
-
-
+# Seconds between two frames: long enough that drawing takes at most this share of a core from
+# the training, within these limits.
+REDRAW_SHARE = 0.01
+REDRAW_EVERY = 0.3
 REDRAW_AT_LEAST_EVERY = 1.5
 
+NO_LIMIT = "no limit"  # how a slider shows None, which ipywidgets takes for "nothing selected"
 
-REDRAW_SHARE = (
-    0.01  # ... and longer where drawing would take more than this share of a core from the training
-)
-
-
-NO_LIMIT = "no limit"  # what a slider shows where the recipe has None
+Values = dict[str, Any]  # of the controls, by name
+Work = Callable[[Values, threading.Event], Generator[Any, None, None]]
+Take = Callable[[Any], "tuple[float, str] | None"]
 
 
-class Picture:
-    """A matplotlib figure as PNG bytes. While nothing but the points of lines changes, only the lines are drawn."""
-
-    def __init__(self, axes=2, size=(8.0, 3.1), dpi=100):
-        self.figure = Figure(figsize=size, dpi=dpi)
-        self.canvas = FigureCanvasAgg(self.figure)
-        self.axes = self.figure.subplots(1, axes, squeeze=False)[0]
-        self.figure.subplots_adjust(left=0.07, right=0.97, bottom=0.16, top=0.9, wspace=0.2)
-        self.drawn, self.background = None, None
-
-    def png(self, draw):
-        """Call draw(axes), then render."""
-        draw(self.axes)
-        frame = [
-            (ax.get_xlim(), ax.get_ylim(), len(ax.lines), [*ax.patches, *ax.texts, ax.get_legend()])
-            for ax in self.axes
-        ]
-        lines = [line for ax in self.axes for line in ax.lines]
-        if frame != self.drawn:
-            for line in lines:
-                line.set_animated(True)
-            self.canvas.draw()
-            self.background, self.drawn = self.canvas.copy_from_bbox(self.figure.bbox), frame
-        else:
-            self.canvas.restore_region(self.background)
-        for line in lines:
-            line.axes.draw_artist(line)
-        return self._encoded()
-
-    def final(self):
-        """The same picture once more, at twice the resolution: for the saved notebook."""
-        buffer = io.BytesIO()
-        for line in (line for ax in self.axes for line in ax.lines):
-            line.set_animated(False)
-        self.figure.savefig(buffer, format="png", dpi=2 * self.figure.dpi)
-        self.drawn = None
-        return buffer.getvalue()
-
-    def _encoded(self):
-        from PIL import Image
-
-        buffer = io.BytesIO()
-        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(
-            buffer, "png", compress_level=1
-        )
-        return buffer.getvalue()
-
-
-class Panel(widgets.VBox):
-    """Controls, Run and Stop, a line that says what happens, and a picture.
-
-    `controls`: {name: widget}. `work(values, stop)` is a generator that does the work until it ends or the event
-    `stop` is set; each thing that it yields goes to `take(thing)`, which returns (share done, a line of text), or
-    None when there is nothing to say. `draw(axes)` draws what has been taken in. With `follow`, moving a control
-    while a run is on, or after one, starts anew with the new value. With `explains`, a button Why explains the recipes in `.compared`.
-
-    Where CNNLAB_UNATTENDED is set (tests, exports: nobody is there to press Run) showing the panel runs it to its end.
-    """
-
-    def __init__(
-        self, controls, work, take, draw, picture, follow=True, hint="Press Run.", explains=False
-    ):
-        self.controls, self.work, self.take, self.draw, self.picture, self.compared = (
-            controls,
-            work,
-            take,
-            draw,
-            picture,
-            [],
-        )
-        self.lock, self.stop_event, self.thread, self.handle = (
-            threading.Lock(),
-            threading.Event(),
-            None,
-            None,
-        )
-        self.changed, self.started, self.said = threading.Event(), False, 0.0
-        self.run_button = widgets.Button(
-            description="Run", icon="play", button_style="primary", layout={"width": "90px"}
-        )
-        self.stop_button = widgets.Button(
-            description="Stop", icon="stop", disabled=True, layout={"width": "90px"}
-        )
-        self.why_button = widgets.Button(
-            description="Why", icon="question", disabled=True, layout={"width": "90px"}
-        )
-        self.reason = widgets.HTML()
-        self.bar = widgets.FloatProgress(min=0, max=1, layout={"width": "160px"})
-        self.status = widgets.HTML(hint)
-        self.image = widgets.Image(
-            format="png", layout={"max_width": "100%", "object_fit": "contain"}
-        )
-        self.image.width = int(picture.figure.get_figwidth() * picture.figure.dpi)
-        self.image.value = picture.png(draw)
-        self.run_button.on_click(self.run)
-        self.stop_button.on_click(self.stop)
-        self.why_button.on_click(self.explain)
-        if follow:
-            for control in controls.values():
-                control.observe(lambda _: self.started and self.run(), "value")
-        for widget, name in (
-            (self.run_button, "run"),
-            (self.stop_button, "stop"),
-            (self.why_button, "why"),
-            (self.reason, "reason"),
-            (self.status, "status"),
-            (self.image, "picture"),
-        ):
-            widget.add_class(f"cnnlab-{name}")
-        for name, control in controls.items():
-            control.add_class("cnnlab-" + re.sub(r"\W+|_", "-", name))
-        top = widgets.HBox(
-            [
-                self.run_button,
-                self.stop_button,
-                *([self.why_button] if explains else []),
-                self.bar,
-                self.status,
-            ]
-        )
-        rows = widgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"})
-        super().__init__([rows, top, self.image, self.reason])
-        self.add_class("cnnlab-panel")
-
-    @property
-    def values(self):
-        """{name: value} of the controls."""
-        return {
-            name: None if control.value == NO_LIMIT else control.value
-            for name, control in self.controls.items()
-        }
-
-    def run(self, _=None):
-        """Start, or start anew. Returns at once."""
-        self._begin(self.work, self.take)
-
-    def explain(self, _=None):
-        """Say why the last run is as fast as it is: which resource bounds it. Returns at once."""
-        self._begin(self._explaining, lambda said: (1.0, said))
-
-    def _explaining(self, values, stop):
-        self.status.value = (
-            "profiling a few steps: some seconds; with torch.compile up to a minute ..."
-        )
-        said = explain.explain(*self.compared, stop=stop)
-        if not stop.is_set():
-            self.reason.value = f"<pre>{escape_html(said)}</pre>"
-            yield "the reason is below the picture"
-
-    def _begin(self, work, take):
-        with self.lock:
-            self.stop_event.set()
-            self.stop_event, self.started = threading.Event(), True
-            self.thread = threading.Thread(
-                target=self._supervise,
-                args=(work, take, self.values, self.stop_event, self.thread),
-                daemon=True,
-            )
-            self.thread.start()
-
-    def stop(self, _=None):
-        """Stop what is running. Returns at once; the processes are gone within a fraction of a second."""
-        self.stop_event.set()
-
-    def wait(self):
-        """Block until the run is over: for scripts and tests."""
-        if self.thread:
-            self.thread.join()
-
-    def _supervise(self, work, take, values, stop, before):
-        if before:
-            before.join()
-        if stop.is_set():
-            return self._rest("Stopped.", stop)
-        self.run_button.disabled = self.why_button.disabled = True
-        self.stop_button.disabled, self.bar.bar_style = False, ""
-        over = threading.Event()
-        drawer = threading.Thread(target=self._keep_drawing, args=(over,), daemon=True)
-        drawer.start()
-        last = ""
-        try:
-            self._say(0.0, "starting ...")
-            for thing in work(values, stop):
-                share, line = take(thing) or (None, last)
-                last = line
-                if share is not None:
-                    self._say(share, line)
-                    self.changed.set()
-            self.bar.bar_style = "" if stop.is_set() else "success"
-            last = "Stopped. " + last if stop.is_set() else last
-        except CnnlabError as error:
-            last, self.bar.bar_style = f"<b>This cannot run:</b> {escape_html(error)}", "warning"
-        except launcher.RankError as error:
-            last, self.bar.bar_style = (
-                f"<b>Rank {error.rank} failed:</b> {escape_html(error.error)}<pre>{escape_html(error.traceback)}</pre>",
-                "danger",
-            )
-        except Exception:  # nobody would ever see what a thread raises
-            last, self.bar.bar_style = (
-                f"<b>The panel failed:</b><pre>{escape_html(traceback.format_exc())}</pre>",
-                "danger",
-            )
-        over.set()
-        drawer.join()
-        try:
-            self._rest(last, stop)
-        except Exception:  # of the picture
-            self.status.value, self.bar.bar_style = (
-                f"<b>The panel cannot draw:</b><pre>{escape_html(traceback.format_exc())}</pre>",
-                "danger",
-            )
-
-    def _rest(self, line, stop):
-        """Ready for the next Run; nothing to do when a newer run has begun already."""
-        if self.stop_event is stop:
-            self.status.value = line
-            self.run_button.disabled, self.stop_button.disabled, self.why_button.disabled = (
-                False,
-                True,
-                not self.compared,
-            )
-            self._keep()
-
-    def _say(self, share, line):
-        """Progress, at most as often as the picture: a browser cannot take more."""
-        now = time.monotonic()
-        if share in (0.0, 1.0) or now - self.said > REDRAW_EVERY:
-            self.said, self.status.value, self.bar.value = now, line, share
-
-    def _keep_drawing(self, over):
-        while not over.is_set():
-            if not self.changed.wait(REDRAW_EVERY):
-                continue
-            self.changed.clear()
-            began = time.thread_time()
-            try:
-                self.image.value = self.picture.png(self.draw)
-            except Exception:  # the last picture, at the end, says so
-                return
-            over.wait(
-                min(
-                    max(REDRAW_EVERY, (time.thread_time() - began) / REDRAW_SHARE),
-                    REDRAW_AT_LEAST_EVERY,
-                )
-            )
-
-    def _keep(self):
-        """Leave the last picture in the notebook as a plain image, for pages that cannot run widgets."""
-        self.picture.png(self.draw)
-        self.image.value = self.picture.final()
-        if self.handle:
-            publish_display_data(
-                self._bundle(), self._metadata(), transient={"display_id": self.handle}, update=True
-            )
-
-    def _bundle(self):
-        return {
-            **super()._repr_mimebundle_(),
-            "image/png": base64.b64encode(self.image.value).decode(),
-        }
-
-    def _metadata(self):
-        return {"image/png": {"width": self.image.width}}
-
-    def _ipython_display_(self):
-        if os.environ.get("CNNLAB_UNATTENDED"):
-            self.run()
-            self.wait()
-        else:
-            launcher.prewarm()
-        self.handle = self.handle or f"cnnlab-{id(self)}"
-        publish_display_data(
-            self._bundle(), self._metadata(), transient={"display_id": self.handle}
-        )
-
-
-def slider(name, values, value):
-    """A slider over these values, whose moves count when it is let go."""
-    value = value if value in values else values[0]
-    options = [
-        NO_LIMIT if each is None else each for each in values
-    ]  # None would mean to the widget that nothing is chosen
+def slider(name: str, values: Sequence[Any], value: Any) -> widgets.SelectionSlider:
+    """A slider over `values` that reports a new value when it is released."""
+    if value not in values:
+        value = values[0]
     return widgets.SelectionSlider(
-        options=options,
+        options=[NO_LIMIT if option is None else option for option in values],
         value=NO_LIMIT if value is None else value,
         description=name,
         continuous_update=False,
@@ -328,8 +50,231 @@ def slider(name, values, value):
     )
 
 
-def escape_html(text):
-    """The text as HTML shows it."""
-    import html
+def _button(label, icon, on_click, **options):
+    button = widgets.Button(description=label, icon=icon, layout={"width": "90px"}, **options)
+    button.on_click(on_click)
+    button.add_class(f"cnnlab-{label.lower()}")
+    return button
 
-    return html.escape(str(text))
+
+class Panel(widgets.VBox):
+    """Controls, Run and Stop, a status line, and a picture that follows the work.
+
+    `controls` is {name: widget}. `work(values, stop)` is a generator that works until it is done or
+    the event `stop` is set. Everything it yields goes to `take(event)`, which returns (fraction
+    done, status line), or None if there is nothing to report. `draw(axes)` draws the current state
+    on empty axes. With `follow`, a control that changes after the first Run restarts the work.
+    With `explains`, a button Why explains the speed of the recipes in `.compared`.
+
+    If CNNLAB_UNATTENDED is set, as in tests and exports, displaying the panel runs it to its end.
+    """
+
+    def __init__(
+        self,
+        controls: Mapping[str, Any],
+        work: Work,
+        take: Take,
+        draw: Draw,
+        picture: Picture,
+        follow: bool = True,
+        hint: str = "Press Run.",
+        explains: bool = False,
+    ) -> None:
+        self.controls = controls
+        self.work = work
+        self.take = take
+        self.draw = draw
+        self.picture = picture
+        self.compared: list[Any] = []  # the recipes that Why explains, the latest last
+        self.lock = threading.Lock()
+        self.stop_event = threading.Event()  # of the newest run
+        self.changed = threading.Event()  # since the last frame
+        self.thread: threading.Thread | None = None
+        self.started = False
+        self.display_id: str | None = None
+        self.last_report = 0.0  # when the status line was last written
+        self._make_widgets(hint)
+        if follow:
+            for control in controls.values():
+                control.observe(self._follow, "value")
+        buttons = [self.run_button, self.stop_button]
+        if explains:
+            buttons.append(self.why_button)
+        rows = widgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"})
+        top = widgets.HBox([*buttons, self.bar, self.status])
+        super().__init__([rows, top, self.image, self.reason])
+        self.add_class("cnnlab-panel")
+
+    def _make_widgets(self, hint):
+        self.run_button = _button("Run", "play", self.run, button_style="primary")
+        self.stop_button = _button("Stop", "stop", self.stop, disabled=True)
+        self.why_button = _button("Why", "question", self.explain, disabled=True)
+        self.bar = widgets.FloatProgress(min=0, max=1, layout={"width": "160px"})
+        self.status = widgets.HTML(hint)
+        self.status.add_class("cnnlab-status")
+        self.reason = widgets.HTML()
+        self.reason.add_class("cnnlab-reason")
+        figure = self.picture.figure
+        self.image = widgets.Image(
+            value=self.picture.png(self.draw),
+            format="png",
+            width=int(figure.get_figwidth() * figure.dpi),
+            layout={"max_width": "100%", "object_fit": "contain"},
+        )
+        self.image.add_class("cnnlab-picture")
+        for name, control in self.controls.items():
+            control.add_class("cnnlab-" + re.sub(r"\W+|_", "-", name))
+
+    @property
+    def values(self) -> Values:
+        """{name: value} of the controls."""
+        values = {name: control.value for name, control in self.controls.items()}
+        return {name: None if value == NO_LIMIT else value for name, value in values.items()}
+
+    def run(self, _: Any = None) -> None:
+        """Start the work, or restart it with the current values. Returns at once."""
+        self._begin(self.work, self.take)
+
+    def explain(self, _: Any = None) -> None:
+        """Explain what limits the speed of the recipes in `.compared`. Returns at once."""
+        self._begin(self._explain, lambda line: (1.0, line))
+
+    def stop(self, _: Any = None) -> None:
+        """Stop the work. Returns at once; its processes end within a fraction of a second."""
+        self.stop_event.set()
+
+    def wait(self) -> None:
+        """Block until the work is done, for scripts and tests."""
+        if self.thread:
+            self.thread.join()
+
+    def _follow(self, _):
+        if self.started:
+            self.run()
+
+    def _begin(self, work, take):
+        with self.lock:
+            self.stop_event.set()
+            self.stop_event = threading.Event()
+            self.started = True
+            self.thread = threading.Thread(
+                target=self._supervise,
+                args=(work, take, self.values, self.stop_event, self.thread),
+                daemon=True,
+            )
+            self.thread.start()
+
+    def _supervise(self, work, take, values, stop, previous):
+        if previous:
+            previous.join()
+        if stop.is_set():
+            self._finish("Stopped.", stop)
+            return
+        self.run_button.disabled = True
+        self.why_button.disabled = True
+        self.stop_button.disabled = False
+        self.bar.bar_style = ""
+        over = threading.Event()
+        drawer = threading.Thread(target=self._keep_drawing, args=(over,), daemon=True)
+        drawer.start()
+        line = self._consume(work, take, values, stop)
+        over.set()
+        drawer.join()
+        self._finish(line, stop)
+
+    def _consume(self, work, take, values, stop):
+        """Do the work and report its progress. Returns the last status line."""
+        line = ""
+        try:
+            self._report(0.0, "starting ...")
+            for event in work(values, stop):
+                progress = take(event)
+                if progress is not None:
+                    fraction, line = progress
+                    self._report(fraction, line)
+                    self.changed.set()
+        except CnnlabError as error:
+            self.bar.bar_style = "warning"
+            return f"<b>This cannot run:</b> {html.escape(str(error))}"
+        except RankError as error:
+            details = f"{html.escape(error.error)}<pre>{html.escape(error.traceback)}</pre>"
+            self.bar.bar_style = "danger"
+            return f"<b>Rank {error.rank} failed:</b> {details}"
+        except Exception:  # an exception that ends a thread is lost
+            return self._failure("The panel failed")
+        if stop.is_set():
+            return f"Stopped. {line}"
+        self.bar.bar_style = "success"
+        return line
+
+    def _explain(self, values, stop):
+        self.status.value = "profiling a few steps, up to a minute with torch.compile ..."
+        recipe, other = (*self.compared, None)[:2]
+        explanation = explain.explain(recipe, other, stop=stop)
+        if not stop.is_set():
+            self.reason.value = f"<pre>{html.escape(str(explanation))}</pre>"
+            yield "the explanation is below the picture"
+
+    def _finish(self, line, stop):
+        """Get ready for the next Run, unless a newer one has already begun."""
+        if self.stop_event is not stop:
+            return
+        self.status.value = line
+        self.run_button.disabled = False
+        self.stop_button.disabled = True
+        self.why_button.disabled = not self.compared
+        try:
+            self._keep_picture()
+        except Exception:
+            self.status.value = self._failure("The panel cannot draw")
+
+    def _failure(self, title):
+        """The status line for the exception that is being handled."""
+        self.bar.bar_style = "danger"
+        return f"<b>{title}:</b><pre>{html.escape(traceback.format_exc())}</pre>"
+
+    def _report(self, fraction, line):
+        """Show progress, at most as often as the picture: more would overload the browser."""
+        now = time.monotonic()
+        if fraction in (0.0, 1.0) or now - self.last_report > REDRAW_EVERY:
+            self.last_report = now
+            self.status.value = line
+            self.bar.value = fraction
+
+    def _keep_drawing(self, over):
+        while not over.is_set():
+            if not self.changed.wait(REDRAW_EVERY):
+                continue
+            self.changed.clear()
+            begin = time.thread_time()
+            try:
+                self.image.value = self.picture.png(self.draw)
+            except Exception:  # the last picture raises it again, and _finish reports it
+                return
+            pause = (time.thread_time() - begin) / REDRAW_SHARE
+            over.wait(min(max(REDRAW_EVERY, pause), REDRAW_AT_LEAST_EVERY))
+
+    def _keep_picture(self):
+        """Leave the last picture in the notebook as an image, for pages that cannot run widgets."""
+        self.picture.png(self.draw)
+        self.image.value = self.picture.final()
+        if self.display_id:
+            self._publish(update=True)
+
+    def _publish(self, update):
+        image = base64.b64encode(self.image.value).decode()
+        publish_display_data(
+            {**super()._repr_mimebundle_(), "image/png": image},
+            {"image/png": {"width": self.image.width}},
+            transient={"display_id": self.display_id},
+            update=update,
+        )
+
+    def _ipython_display_(self):
+        if os.environ.get("CNNLAB_UNATTENDED"):
+            self.run()
+            self.wait()
+        else:
+            prewarm()
+        self.display_id = self.display_id or f"cnnlab-{id(self)}"
+        self._publish(update=False)

@@ -1,295 +1,327 @@
-"""Panels: controls that make a recipe, and what comes of it live. Press Run, watch real training, move a slider, press Stop."""
+"""The panels of the lessons: training, scaling over ranks, and the ladder."""
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ipywidgets as widgets
 
 from cnnlab import machine
-from cnnlab.events import Finished, Progress, Started
+from cnnlab.events import Event, Finished, Progress, Started
 from cnnlab.launch import launcher
 from cnnlab.measure.compare import Measurement, slowest_rank, speedup
-from cnnlab.measure.ladder import climb as climb_ladder
-from cnnlab.measure.ladder import ladder_result, techniques
+from cnnlab.measure.ladder import climb, ladder_result, techniques
 from cnnlab.measure.scaling import amdahl, fit_serial_fraction, gustafson
-from cnnlab.plots import runs, scaling, speed, timeline
-from cnnlab.recipe import format_changes
-from cnnlab.widgets.board import Panel, Picture, escape_html, slider
+from cnnlab.plots.runs import accuracy, loss
+from cnnlab.plots.scaling import scaling_curve
+from cnnlab.plots.speed import ladder_bars
+from cnnlab.plots.timeline import rank_timeline, step_breakdown
+from cnnlab.recipe import Recipe
+from cnnlab.widgets.board import Panel, slider
+from cnnlab.widgets.picture import Picture
 
-EARLIER_RUNS = 4  # how many stay on the plot for comparison
+EARLIER_RUNS = 4  # that stay on the plot for comparison
+BASELINE = "one rank without DDP"
+
+
+def status_line(event: Event, events: Sequence[Event]) -> tuple[float, str] | None:
+    """(fraction done, status line) of an event, given the run's events; None if it has no news."""
+    if isinstance(event, Progress):
+        started = next(e for e in events if isinstance(e, Started))
+        line = (
+            f"step {event.step} of {started.steps}, epoch {event.epoch}: "
+            f"loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s"
+        )
+        line += oversubscription_note(started.world, started.threads)
+        return event.step / started.steps, line + simulated_note(started.recipe)
+    if isinstance(event, Finished):
+        rate = f"{event.images_per_s:,.0f} images/s"
+        line = f"{event.images:,} images in {event.seconds:.1f} s: {rate}"
+        if event.accuracy is not None:
+            line += f", held-out accuracy {100 * event.accuracy:.1f}%"
+        return 1.0, line
+    return None
+
+
+def simulated_note(recipe: Recipe) -> str:
+    """A warning for figures that a simulated network has slowed down; empty for others."""
+    if recipe.latency_ms or recipe.bandwidth_mbit:
+        return ", SIMULATED network"
+    return ""
+
+
+def oversubscription_note(ranks: int, threads: int | None) -> str:
+    """A note for ranks that have fewer cores than threads; empty for others."""
+    cores = machine.cores()
+    threads = threads or 1
+    if ranks == 1 or ranks * threads <= cores:
+        return ""
+    return f" &ndash; {ranks} ranks of {_plural(threads, 'thread')} share {_plural(cores, 'core')}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _shorten_labels(runs: Mapping[str, list[Event]]) -> dict[str, list[Event]]:
+    """The runs, labeled only by the values that differ between them."""
+    if len(runs) < 2:
+        return dict(runs)
+    words = {label: label.split(", ") for label in runs}
+    common = set.intersection(*(set(parts) for parts in words.values()))
+    return {
+        ", ".join(word for word in words[label] if word not in common): events
+        for label, events in runs.items()
+    }
 
 
 class TrainingPanel(Panel):
-    """A panel that trains `base` with some fields changed by controls, and draws loss and accuracy live.
+    """A panel that trains `base` with some fields changed by sliders, and draws the runs live.
 
-    `vary`: {field of the recipe: its values}, a slider each. `.recipe` is what Run would train now; `.runs`, the
-    events of the runs so far, by label.
+    `vary` is {field of the recipe: its values}; each field gets a slider. `draw` has a plot
+    function for each axes. `.recipe` is what Run would train now, `.runs` the events of the latest
+    runs by label.
     """
 
-    def __init__(self, base, vary, draw=(runs.loss, runs.accuracy), **options):
-        self.base, self.runs, self.events = base, {}, []
+    def __init__(
+        self,
+        base: Recipe,
+        vary: Mapping[str, Sequence[Any]],
+        draw: Sequence[Callable] = (loss, accuracy),
+        **options: Any,
+    ) -> None:
+        self.base = base
+        self.plots = draw
+        self.runs: dict[str, list[Event]] = {}
+        self.events: list[Event] = []
         sliders = {name: slider(name, values, getattr(base, name)) for name, values in vary.items()}
-        self.fresh, self.one_each = False, draw
-        named = timeline.step_breakdown in draw  # its rows need room for their names
-        picture = Picture(len(draw), (9.4, 3.1) if named else (8.0, 3.1))
-        picture.figure.subplots_adjust(wspace=0.42 if named else 0.2)
+        picture = Picture(len(draw))
+        if step_breakdown in draw:  # its rows need room for their labels
+            picture = Picture(len(draw), (9.4, 3.1))
+            picture.figure.subplots_adjust(wspace=0.42)
         super().__init__(
             sliders, self._work, self._take, self._draw, picture, explains=True, **options
         )
 
     @property
-    def recipe(self):
+    def recipe(self) -> Recipe:
         return self.base.replace(**self.values)
 
     def _work(self, values, stop):
         recipe = self.base.replace(**values)
-        label = ", ".join(f"{name}={value}" for name, value in values.items()) or format_changes(
-            self.base, recipe
-        )
-        runs = {name: events for name, events in self.runs.items() if name != label}
-        self.events, self.compared = (
-            [],
-            [*(other for other in self.compared if other != recipe), recipe][-2:],
-        )  # beside the one before
-        self.runs = {**dict(list(runs.items())[-EARLIER_RUNS:]), label: self.events}
-        self.fresh = True
+        label = ", ".join(f"{name}={value}" for name, value in values.items()) or "unchanged"
+        earlier = {name: events for name, events in self.runs.items() if name != label}
+        self.events = []
+        self.runs = {**dict(list(earlier.items())[-EARLIER_RUNS:]), label: self.events}
+        others = [other for other in self.compared if other != recipe]
+        self.compared = [*others[-1:], recipe]  # Why compares with the run before
         yield from launcher.run(recipe, stop)
-
-    def _draw(self, axes):
-        if self.fresh:  # another set of runs: begin on empty axes
-            self.fresh = False
-            for ax in axes:
-                ax.clear()
-        for draw, ax in zip(self.one_each, axes):
-            draw(ax, self._shown())
-
-    def _shown(self):
-        """The runs, named by what differs among them."""
-        words = {label: label.split(", ") for label in self.runs}
-        common = set.intersection(*map(set, words.values())) if len(words) > 1 else set()
-        return {
-            ", ".join(word for word in words[label] if word not in common): events
-            for label, events in self.runs.items()
-        }
 
     def _take(self, event):
         self.events.append(event)
-        started = next((e for e in self.events if isinstance(e, Started)), None)
-        return status_line(event, started)
+        return status_line(event, self.events)
+
+    def _draw(self, axes):
+        runs = _shorten_labels(self.runs)
+        for draw, ax in zip(self.plots, axes, strict=True):
+            draw(ax, runs)
 
 
 class ScalingPanel(Panel):
-    """A slider of ranks, and a switch: strong scaling (the batch is shared out) or weak (each rank has a batch of its own).
+    """A slider for the number of ranks, and a switch between strong and weak scaling.
 
-    Run trains `base` with so many ranks, and then, for the machine may have changed meanwhile, the baseline: one rank
-    without DDP. Their ratio is a point of the curve; each further Run of the same adds a repeat to it. One rank alone is measured *with* DDP:
-    what the technique itself costs. `vary`: further fields, a slider each. `prediction()`: {ranks: speedup}, or None.
-    `.points`: {(switch, values of `vary`): {ranks: (baseline's `Measurement`, its own)}}.
+    Strong scaling splits one batch over the ranks; weak scaling gives each rank its own batch. Run
+    trains `base` with DDP on that many ranks, and then the baseline again, because the machine may
+    have changed meanwhile: one rank without DDP. The ratio is a point of the curve; running the
+    same setting again adds a repeat. `vary` is {field of the recipe: its values}, a slider each.
+    `prediction()` returns {ranks: speedup} or None. `.points` is {(scaling and values of `vary`):
+    {ranks: (baseline, measurement)}}.
     """
 
-    def __init__(self, base, ranks=(1, 2, 4), vary=None, prediction=lambda: None):
-        self.base, self.prediction, self.points, self.events, self.label = (
-            base,
-            prediction,
-            {},
-            [],
-            "",
-        )
-        self.fresh, self.setting, self.shown = True, None, base
+    def __init__(
+        self,
+        base: Recipe,
+        ranks: Sequence[int] = (1, 2, 4),
+        vary: Mapping[str, Sequence[Any]] | None = None,
+        prediction: Callable[[], Mapping[int, float] | None] = lambda: None,
+    ) -> None:
+        self.base = base
+        self.prediction = prediction
+        self.points: dict[tuple, dict[int, tuple[Measurement, Measurement]]] = {}
+        self.setting: tuple = (("scaling", "strong"),)
+        self.shown = base  # the recipe whose figures are shown
+        self.events: list[Event] = []
+        self.label = ""
         controls = {
             "replicas": slider("replicas", ranks, ranks[min(1, len(ranks) - 1)]),
             "scaling": widgets.ToggleButtons(options=["strong", "weak"], layout={"width": "260px"}),
         }
-        controls |= {
-            name: slider(name, values, getattr(base, name)) for name, values in (vary or {}).items()
-        }
         controls["scaling"].style.button_width = "100px"
+        for name, values in (vary or {}).items():
+            controls[name] = slider(name, values, getattr(base, name))
         picture = Picture(2, (9.4, 3.4))
-        picture.figure.subplots_adjust(wspace=0.17, top=0.91, bottom=0.15)
+        picture.figure.subplots_adjust(wspace=0.23, top=0.91, bottom=0.15)
         super().__init__(controls, self._work, self._take, self._draw, picture, explains=True)
 
     def _work(self, values, stop):
-        """The run with so many ranks, then the baseline; both or neither become a repeat."""
-        ranks, weak = values.pop("replicas"), values["scaling"] == "weak"
-        self.setting, self.fresh, self.shown = (
-            tuple(values.items()),
-            True,
-            self.base.replace(**{name: values[name] for name in values if name != "scaling"}),
-        )
-        del values["scaling"]
-        alone = self.base.replace(replicas=1, strategy=None)
+        """Run the ranks, then the baseline; only if both finish they become a repeat."""
+        ranks = values.pop("replicas")
+        self.setting = tuple(values.items())
+        weak = values.pop("scaling") == "weak"
+        baseline = self.base.replace(replicas=1, strategy=None)
         recipe = self.base.replace(
             replicas=ranks,
             strategy=self.base.strategy or "ddp",
             batch_size=self.base.batch_size * (ranks if weak else 1),
             **values,
         )
-        self.compared, rates = [alone, recipe], []
-        ours = f"{ranks} rank{'s' * (ranks > 1)} with DDP"
-        for self.label, each in ((ours, recipe), ("one rank without DDP", alone)):
-            self.events, finished = [], []
-            for event in launcher.run(each, stop):
-                finished += [event] if isinstance(event, Finished) else []
-                yield event
-            if len(finished) < each.replicas:
-                return
-            rates.append(slowest_rank(finished))
-            if each is recipe:
-                seen = self.events
+        self.shown = self.base.replace(**values)
+        self.compared = [baseline, recipe]
+        label = f"{_plural(ranks, 'rank')} with DDP"
+        ours = yield from self._run(label, recipe, stop)
+        if ours is None:
+            return
+        events = self.events
+        reference = yield from self._run(BASELINE, baseline, stop)
+        if reference is None:
+            return
         points = self.points.setdefault(self.setting, {})
-        before = points.get(ranks) or (
-            Measurement(name="one rank without DDP", recipe=alone),
-            Measurement(name=ours, recipe=recipe),
-        )
-        points[ranks] = before[0].add(rates[1]), before[1].add(rates[0])
-        self.events, self.label, self.fresh = seen, ours, True
-        yield rates
+        new = (Measurement(name=BASELINE, recipe=baseline), Measurement(name=label, recipe=recipe))
+        before = points.get(ranks, new)
+        points[ranks] = (before[0].add(reference), before[1].add(ours))
+        self.events = events  # of the ranks: their timeline stays in the picture
+        self.label = label
+        yield ours, reference
+
+    def _run(self, label, recipe, stop):
+        """Yield the events of a run. Returns the figures of its slowest rank; None if stopped."""
+        self.label = label
+        self.events = []
+        finished = []
+        for event in launcher.run(recipe, stop):
+            if isinstance(event, Finished):
+                finished.append(event)
+            yield event
+        if len(finished) < recipe.replicas:
+            return None
+        return slowest_rank(finished)
 
     def _take(self, event):
-        if isinstance(event, list):  # both have run
-            ours, baseline = event
-            gain, world = (
-                ours.images_per_s / baseline.images_per_s,
-                len(self.events and {e.rank for e in self.events}),
-            )
-            share = (
-                ""
-                if ours.communication_s is None
-                else f"; {100 * ours.communication_s / ours.step_s:.0f}% of a step waiting for other ranks"
-            )
-            return 1.0, (
-                f"{self.label}: {ours.images_per_s:,.0f} images/s, <b>{gain:.2f} times</b> one rank without DDP ({baseline.images_per_s:,.0f})"
-                + share
-                + oversubscription_note(world, self.base.threads)
-                + simulated_note(self.shown)
-            )
+        if isinstance(event, tuple):  # both runs have finished
+            return 1.0, self._result(*event)
         self.events.append(event)
-        said = status_line(event, next((e for e in self.events if isinstance(e, Started)), None))
-        half = 0.0 if "with DDP" in self.label else 0.5
-        return said and (half + said[0] / 2, f"{self.label}: {said[1]}")
+        progress = status_line(event, self.events)
+        if progress is None:
+            return None
+        fraction, line = progress
+        done = 0.5 if self.label == BASELINE else 0.0
+        return done + fraction / 2, f"{self.label}: {line}"
+
+    def _result(self, ours, baseline):
+        gain = ours.images_per_s / baseline.images_per_s
+        ranks = len({event.rank for event in self.events})
+        line = (
+            f"{self.label}: {ours.images_per_s:,.0f} images/s, a speedup of <b>{gain:.2f}</b> "
+            f"over {BASELINE} ({baseline.images_per_s:,.0f})"
+        )
+        if ours.communication_s is not None:
+            share = ours.communication_s / ours.step_s
+            line += f"; {share:.0%} of a step is exposed communication"
+        return line + oversubscription_note(ranks, self.base.threads) + simulated_note(self.shown)
 
     def _draw(self, axes):
-        if self.fresh:
-            self.fresh = False
-            for ax in axes:
-                ax.clear()
-            self._draw_curve(axes[1])
-        timeline.rank_timeline(axes[0], {self.label: self.events})
+        rank_timeline(axes[0], {self.label: self.events})
+        self._draw_curve(axes[1])
 
     def _draw_curve(self, ax):
-        kind = dict(self.setting or ()).get("scaling", "strong")
-        points, law = self.points.get(self.setting, {}), gustafson if kind == "weak" else amdahl
+        weak = dict(self.setting)["scaling"] == "weak"
+        law = gustafson if weak else amdahl
+        points = dict(self.points.get(self.setting, {}))
         workers = sorted(points)
         measured = [speedup(*points[n]) for n in workers]
-        fair = [
-            (n, gain.value)
-            for n, gain in zip(workers, measured)
-            if n * (self.base.threads or 1) <= machine.cores()
-        ]  # the law knows no crowds
-        serial = fit_serial_fraction(*zip(*fair), law) if any(n > 1 for n, _ in fair) else None
-        scaling.scaling_curve(ax, workers, measured, serial, self.prediction(), law)
-        ax.set(xlabel="ranks", ylabel="times one rank without DDP")
-        ax.set_title(
-            f"{kind} scaling: "
-            + ("a batch for each rank" if kind == "weak" else "one batch, shared out")
-            + simulated_note(self.shown),
-            fontsize=10,
-        )
-        if not workers:
-            ax.set_xticks(self.controls["replicas"].options)
-            ax.set_xlim(0.5, max(self.controls["replicas"].options) + 0.5)
+        # The laws do not know oversubscription: fit only ranks that have a core for each thread.
+        cores = machine.cores() // (self.base.threads or 1)
+        fitted = {n: s.value for n, s in zip(workers, measured, strict=True) if n <= cores}
+        serial = None
+        if max(fitted, default=1) > 1:
+            serial = fit_serial_fraction(list(fitted), list(fitted.values()), law)
+        scaling_curve(ax, workers, measured, serial, self.prediction(), law)
+        ax.set_xlabel("ranks")
+        ax.set_ylabel(f"speedup over {BASELINE}")
+        title = "weak scaling: one batch per rank" if weak else "strong scaling: one batch, split"
+        ax.set_title(title + simulated_note(self.shown), fontsize=10)
+        ranks = self.controls["replicas"].options
+        ax.set_xticks(ranks)
+        ax.set_xlim(0.5, max(ranks) + 0.5)
 
 
 class LadderPanel(Panel):
     """A panel that climbs the ladder: choose the rungs, press Run, and the bars grow.
 
-    `.rungs` are those measured so far, as JSON has them, and `.outcome` the whole, once it is finished; `prediction()`
-    gives the learner's guess of the best speedup, or None; `recorded` is another machine's ladder.
+    `.rungs` are those measured so far, as in JSON, and `.outcome` is the whole ladder once it is
+    finished. `prediction()` returns the learner's best speedup or None; `recorded` is the ladder of
+    another machine.
     """
 
-    def __init__(self, base, repeats=3, seconds=4.0, prediction=lambda: None, recorded=None):
-        self.base, self.seconds, self.rungs, self.running, self.outcome = (
-            base,
-            seconds,
-            [],
-            None,
-            None,
-        )
+    def __init__(
+        self,
+        base: Recipe,
+        repeats: int = 3,
+        seconds: float = 4.0,
+        prediction: Callable[[], float | None] = lambda: None,
+        recorded: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.base = base
+        self.seconds = seconds
+        self.prediction = prediction
+        self.recorded = recorded
+        self.rungs: list[dict[str, Any]] = []
+        self.running: str | None = None
+        self.outcome: dict[str, Any] | None = None
         self.possible, self.impossible = techniques(machine.describe())
-        boxes = {
+        controls: dict[str, Any] = {
             name: widgets.Checkbox(
                 value=True, description=name, indent=False, layout={"width": "190px"}
             )
             for name in self.possible
         }
-        steps = widgets.IntSlider(
+        controls["repeats"] = widgets.IntSlider(
             value=repeats, min=2, max=10, description="repeats", continuous_update=False
-        )
-        draw = lambda axes: (
-            axes[0].clear(),
-            speed.ladder_bars(axes[0], self.rungs, prediction(), recorded, self.running),
         )
         picture = Picture(1, (8.8, 4.2))
         picture.figure.subplots_adjust(left=0.25, bottom=0.13, top=0.97)
+        hint = "Choose rungs, then press Run."
+        if self.impossible:
+            hint += f" Not possible here: {html.escape(', '.join(self.impossible))}."
         super().__init__(
-            {**boxes, "repeats": steps},
-            self._work,
-            self._take,
-            draw,
-            picture,
-            follow=False,
-            hint="Choose rungs, then press Run. "
-            + escape_html("; ".join(f"no {name}" for name in self.impossible)),
+            controls, self._work, self._take, self._draw, picture, follow=False, hint=hint
         )
 
     def _work(self, values, stop):
-        self.rungs, self.outcome, climbed = [], None, {}
+        self.rungs = []
+        self.outcome = None
         chosen = {name: change for name, change in self.possible.items() if values[name]}
-        self.total, self.done = len(chosen), 0
-        for rung in climb_ladder(self.base, chosen, values["repeats"], self.seconds, stop):
+        self.total = len(chosen)
+        self.done = 0
+        climbed = {}
+        for rung in climb(self.base, chosen, values["repeats"], self.seconds, stop):
             climbed[rung.name] = rung
             yield rung
         if not stop.is_set():
             self.outcome = ladder_result(climbed.values(), self.impossible)
 
     def _take(self, rung):
-        self.running = rung.name if rung.kept is None else None
+        measuring = rung.kept is None
+        self.running = rung.name if measuring else None
         if rung.measurement.images_per_s and not rung.failed:
-            others = [other for other in self.rungs if other["name"] != rung.name]
-            at = next(
-                (i for i, other in enumerate(self.rungs) if other["name"] == rung.name), len(others)
-            )
-            self.rungs = [*others[:at], rung.to_dict(), *others[at:]]
-        self.done += rung.kept is not None and rung.name != "baseline"
-        doing = "done" if rung.kept is not None else f"run {len(rung.measurement.images_per_s) + 1}"
-        return self.done / max(1, self.total), f"{rung.name}: {doing}"
+            rows = {row["name"]: row for row in self.rungs}
+            self.rungs = list({**rows, rung.name: rung.to_dict()}.values())
+        if measuring:
+            state = f"run {len(rung.measurement.images_per_s) + 1}"
+        else:
+            state = "done"
+            self.done += rung.name != "baseline"
+        return self.done / max(1, self.total), f"{rung.name}: {state}"
 
-
-def status_line(event, started):
-    """(share done, a line of text) of an event of a run, or None where there is nothing to say."""
-    if isinstance(event, Progress):
-        text = f"step {event.step} of {started.steps}, epoch {event.epoch}: loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s"
-        return event.step / started.steps, text + oversubscription_note(
-            started.world, started.threads
-        ) + simulated_note(started.recipe)
-    if isinstance(event, Finished):
-        held_out = (
-            "" if event.accuracy is None else f", held-out accuracy {100 * event.accuracy:.1f}%"
-        )
-        return (
-            1.0,
-            f"{event.images:,} images in {event.seconds:.1f} s: {event.images_per_s:,.0f} images/s{held_out}",
-        )
-    return None
-
-
-def simulated_note(recipe):
-    """What must stand beside every figure that a network made slow on purpose has a part in."""
-    return ", SIMULATED network" if recipe.latency_ms or recipe.bandwidth_mbit else ""
-
-
-def oversubscription_note(ranks, threads):
-    """What to say of ranks that do not have a core for each of their threads."""
-    cores = machine.cores()
-    return (
-        f" &ndash; {ranks} ranks of {threads} thread{'s' * (threads > 1)} share {cores} core{'s' * (cores > 1)}"
-        if ranks > 1 and ranks * (threads or 1) > cores
-        else ""
-    )
+    def _draw(self, axes):
+        ladder_bars(axes[0], self.rungs, self.prediction(), self.recorded, self.running)

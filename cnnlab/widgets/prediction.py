@@ -1,26 +1,31 @@
-"""Panels: controls that make a recipe, and what comes of it live. Press Run, watch real training, move a slider, press Stop."""
+"""A question to the learner before a measurement."""
+
+from typing import Any
 
 import ipywidgets as widgets
 
 
 class Prediction(widgets.VBox):
-    """A question to answer with a number before measuring. `.value` is None until the learner commits to it."""
+    """A question that the learner answers with a number. `.value` is None before the answer."""
 
-    def __init__(self, question, unit="x", least=0.0, most=1e6):
-        self.value = None
+    def __init__(
+        self, question: str, unit: str = "x", least: float = 0.0, most: float = 1e6
+    ) -> None:
+        self.value: float | None = None
+        self.unit = unit
         self.box = widgets.BoundedFloatText(
             value=least, min=least, max=most, step=0.1, layout={"width": "110px"}
         )
         self.button = widgets.Button(description="This is my guess", button_style="info")
-        self.said = widgets.HTML()
-        self.unit = unit
         self.button.on_click(self.commit)
-        answer = widgets.HBox([self.box, widgets.Label(unit), self.button, self.said])
-        super().__init__([widgets.HTML(f"<b>Predict:</b> {question}"), answer])
+        self.answer = widgets.HTML()
+        row = widgets.HBox([self.box, widgets.Label(unit), self.button, self.answer])
+        super().__init__([widgets.HTML(f"<b>Predict:</b> {question}"), row])
         self.add_class("cnnlab-prediction")
 
-    def commit(self, _=None):
-        """Fix the guess: a prediction that can be changed afterwards is none."""
+    def commit(self, _: Any = None) -> None:
+        """Fix the answer: a prediction cannot change after the measurement."""
         self.value = self.box.value
-        self.box.disabled = self.button.disabled = True
-        self.said.value = f"Your prediction: <b>{self.value:,.10g} {self.unit}</b>"
+        self.box.disabled = True
+        self.button.disabled = True
+        self.answer.value = f"Your prediction: <b>{self.value:,.10g} {self.unit}</b>"

@@ -1,4 +1,4 @@
-"""What the live picture costs: images/s of training with the panel drawing, and with its drawing thread idle, in turn.
+"""What the live picture costs: throughput of training with and without drawing, interleaved.
 
 python tests/benchmarks/live_drawing.py [ROUNDS]
 """
@@ -6,6 +6,7 @@ python tests/benchmarks/live_drawing.py [ROUNDS]
 import sys
 import threading
 import time
+from itertools import pairwise
 
 from cnnlab import widgets
 from cnnlab.events import Finished
@@ -13,38 +14,44 @@ from cnnlab.measure.compare import Measurement, speedup
 from cnnlab.recipe import Recipe
 
 
-def rate(recipe, drawing):
-    live = widgets.TrainingPanel(recipe, vary={"batch_size": [recipe.batch_size]})
-    frames, png = [], live.picture.png
-    live.picture.png = lambda draw: frames.append(time.perf_counter()) or png(draw)
+def train(recipe: Recipe, drawing: bool) -> tuple[Finished, list[tuple[float, float]]]:
+    """Train in a panel. Returns its figures, and (start, CPU seconds) of each frame."""
+    panel = widgets.TrainingPanel(recipe, vary={"batch_size": [recipe.batch_size]})
+    frames = []
+    png = panel.picture.png
+
+    def timed_png(draw):
+        start, cpu = time.perf_counter(), time.thread_time()
+        image = png(draw)
+        frames.append((start, time.thread_time() - cpu))
+        return image
+
+    panel.picture.png = timed_png
     if not drawing:
-        live._keep_drawing = lambda over: over.wait()
-    live.run()
-    live.wait()
-    fastest = min((b - a for a, b in zip(frames, frames[1:-1])), default=float("inf"))
-    return (
-        next(event for event in live.events if isinstance(event, Finished)).images_per_s,
-        len(frames),
-        fastest,
-    )
+        panel._keep_drawing = lambda over: over.wait()
+    panel.run()
+    panel.wait()
+    return next(event for event in panel.events if isinstance(event, Finished)), frames
 
 
-def main(rounds):
+def main(rounds: int) -> None:
     recipe = Recipe(batch_size=256, epochs=60, evaluate=False)
     rates = {"not drawn": [], "drawn": []}
     for _ in range(rounds):
-        for name in rates:
-            value, frames, fastest = rate(recipe, name == "drawn")
-            rates[name].append(value)
+        for name, values in rates.items():
+            finished, frames = train(recipe, drawing=name == "drawn")
+            values.append(finished.images_per_s)
     silent, drawn = (
         Measurement(name=name, recipe=recipe, images_per_s=tuple(values))
         for name, values in rates.items()
     )
+    medians = [f"{m.name} {m.quartiles[1]:,.0f}" for m in (silent, drawn)]
+    print(f"{', '.join(medians)} images/s: {speedup(silent, drawn)}")
+    gaps = [later - start for (start, _), (later, _) in pairwise(frames[:-1])]
+    cpu = sorted(seconds for _, seconds in frames)[len(frames) // 2]
     print(
-        f"not drawn {silent.quartiles[1]:,.0f}, drawn {drawn.quartiles[1]:,.0f} images/s: {speedup(silent, drawn)}"
-    )
-    print(
-        f"{frames} frames in the last run, the two nearest {1000 * fastest:.0f} ms apart; threads left: {threading.active_count() - 1}"
+        f"{len(frames)} frames in the last run, {1000 * cpu:.0f} ms of CPU time each (median), "
+        f"at least {1000 * min(gaps):.0f} ms apart; threads left: {threading.active_count() - 1}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Panels without a browser: what their threads do with runs, stops, sliders and failures."""
+"""Panels without a browser: how they handle runs, stops, sliders and failures."""
 
 import io
 import threading
@@ -29,7 +29,7 @@ def live(request):
     made.wait()
 
 
-def test_a_run_ends_with_its_figures_and_a_picture(live):
+def test_a_run_ends_with_its_throughput_and_a_picture(live):
     live.run()
     live.wait()
     assert isinstance(live.events[-1], Finished) and "images/s" in live.status.value
@@ -46,29 +46,29 @@ def test_run_returns_at_once(live):
 @pytest.mark.parametrize("live", [LONG], indirect=True)
 def test_stop_ends_the_processes(live):
     live.run()
-    wait_until(lambda: "step" in live.status.value, "it did not happen", 10)
+    wait_until(lambda: "step" in live.status.value, "no step was reported", 10)
     live.stop()
     live.wait()
     assert live.status.value.startswith("Stopped.") and not live.run_button.disabled
-    wait_until(lambda: not ranks(), "it did not happen", 10)
+    wait_until(lambda: not ranks(), "a rank is still alive", 10)
 
 
 @pytest.mark.parametrize("live", [LONG], indirect=True)
-def test_a_moved_slider_trains_anew_and_keeps_the_earlier_run(live):
+def test_a_moved_slider_restarts_training_and_keeps_the_earlier_run(live):
     live.controls["batch_size"].value = 32
-    assert live.thread is None  # nothing was asked for yet
+    assert live.thread is None  # before the first Run, a slider only chooses
     live.run()
-    wait_until(lambda: "step" in live.status.value, "it did not happen", 10)
+    wait_until(lambda: "step" in live.status.value, "no step was reported", 10)
     live.controls["batch_size"].value = 128
     wait_until(
-        lambda: live.events and live.events[0].recipe.batch_size == 128, "it did not happen", 10
+        lambda: live.events and live.events[0].recipe.batch_size == 128, "no new run started", 10
     )
     assert list(live.runs) == ["batch_size=32", "batch_size=128"] and live.recipe.batch_size == 128
-    assert len(ranks()) <= 1  # the one before is gone
+    assert len(ranks()) <= 1  # the previous run has ended
 
 
 @pytest.mark.parametrize("live", [LONG], indirect=True)
-def test_hectic_hands_leave_one_run_or_none(live):
+def test_many_quick_clicks_leave_no_run_and_no_thread(live):
     before = threading.active_count()
     for value in (32, 64, 128, 64, 32, 128):
         live.run()
@@ -78,10 +78,10 @@ def test_hectic_hands_leave_one_run_or_none(live):
     live.stop()  # before it could begin
     live.wait()
     assert not live.run_button.disabled and live.stop_button.disabled
-    wait_until(lambda: not ranks() and threading.active_count() <= before, "it did not happen", 10)
+    wait_until(lambda: not ranks() and threading.active_count() <= before, "threads are left", 10)
 
 
-def test_a_picture_that_cannot_be_drawn_is_said_in_the_panel(live):
+def test_the_panel_shows_an_error_of_its_plots(live):
     def broken(axes):
         raise KeyError("no such curve")
 
@@ -92,29 +92,23 @@ def test_a_picture_that_cannot_be_drawn_is_said_in_the_panel(live):
     assert not live.run_button.disabled and live.stop_button.disabled
 
 
-def test_what_this_machine_cannot_run_is_said_in_the_panel(live):
-    live.base = live.base.replace(
-        data="synthetic", images=32, batch_size=16
-    )  # the slider asks for batches of 64
+def test_the_panel_shows_why_a_recipe_cannot_run(live):
+    live.base = live.base.replace(data="synthetic", images=32, batch_size=16)  # the slider has 64
     live.run()
     live.wait()
     assert "larger than the data" in live.status.value and not live.run_button.disabled
 
 
-def test_where_nothing_ran_there_is_nothing_to_explain():
-    live = widgets.TrainingPanel(
-        SHORT.replace(replicas=2, batch_size=64), {"batch_size": [63]}
-    )  # which two ranks cannot share
+def test_why_stays_disabled_if_nothing_ran():
+    base = SHORT.replace(replicas=2, batch_size=64)
+    live = widgets.TrainingPanel(base, {"batch_size": [63]})  # odd: two ranks cannot share it
     live.run()
     live.wait()
-    assert (
-        "cannot run" in live.status.value
-        and live.why_button.disabled
-        and not live.run_button.disabled
-    )
+    assert "cannot run" in live.status.value
+    assert live.why_button.disabled and not live.run_button.disabled
 
 
-def test_a_failed_rank_is_named_in_the_panel(live, monkeypatch):
+def test_the_panel_names_a_failed_rank(live, monkeypatch):
     def run(recipe, stop):
         raise launcher.RankError(1, "ValueError: no", "Traceback: <here>")
         yield
@@ -125,51 +119,67 @@ def test_a_failed_rank_is_named_in_the_panel(live, monkeypatch):
     assert "Rank 1 failed" in live.status.value and "&lt;here&gt;" in live.status.value
 
 
-def test_without_a_reader_the_panel_runs_by_itself(live, monkeypatch):
+def test_an_unattended_panel_runs_by_itself(live, monkeypatch):
     monkeypatch.setenv("CNNLAB_UNATTENDED", "1")
     live._ipython_display_()
     assert isinstance(live.events[-1], Finished)
 
 
-def test_only_points_are_drawn_while_nothing_else_changes(live):
+def test_a_frame_with_a_kept_background_equals_a_whole_frame(live):
     live.run()
     live.wait()
     live.picture.png(live.draw)
     background = live.picture.background
     again = live.picture.png(live.draw)
-    assert live.picture.background is background  # the axes were not drawn anew
-    fresh = widgets.Picture(2)
-    assert (
-        Image.open(io.BytesIO(again)).tobytes()
-        == Image.open(io.BytesIO(fresh.png(live.draw))).tobytes()
-    )
+    assert live.picture.background is background  # ticks and text were not drawn again
+    whole = widgets.Picture(2).png(live.draw)
+    assert pixels(again) == pixels(whole)
 
 
-def test_every_word_of_a_ladder_is_in_the_picture():
-    everything = replace(machine.describe(), cores=2, gpus=("A", "B"), compiler="g++", missing={})
-    climb = widgets.LadderPanel(Recipe(batch_size=256))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ax: ax.set_title("new"),
+        lambda ax: ax.set_title("new", loc="left"),
+        lambda ax: ax.set_xlabel("new"),
+        lambda ax: ax.set_ylim(0, 9),
+        lambda ax: ax.set_yticks([1, 2], ["new", "labels"]),
+        lambda ax: ax.set_xscale("log"),
+        lambda ax: ax.legend(),
+        lambda ax: ax.barh([1], [2]),
+        lambda ax: ax.text(1, 1, "new"),
+    ],
+)
+def test_every_change_of_a_frame_is_in_the_picture(change):
+    def plot(axes):
+        axes[0].plot([1, 2], [1, 2], label="line")
+
+    def changed(axes):
+        plot(axes)
+        change(axes[0])
+
+    picture = widgets.Picture(1)
+    before = picture.png(plot)
+    after = picture.png(changed)
+    assert pixels(after) == pixels(widgets.Picture(1).png(changed))
+    assert pixels(after) != pixels(before)
+    assert pixels(picture.png(plot)) == pixels(before)
+
+
+def test_no_text_of_a_ladder_is_cut_off():
+    here = replace(machine.describe(), cores=2, compiler="g++", missing={"NVIDIA GPU": "none"})
+    panel = widgets.LadderPanel(Recipe(batch_size=256))
     names = {
-        name
-        for gpus in (("A", "B"), ())
-        for name in ladder.techniques(replace(everything, gpus=gpus))[0]
+        name for gpus in (("A", "B"), ()) for name in ladder.techniques(replace(here, gpus=gpus))[0]
     }
-    climb.rungs = [
-        {
-            "name": name,
-            "speedup": 1.0,
-            "speedup_ci": [0.9, 3.0],
-            "over_below_ci": [0.9, 3.0],
-            "kept": False,
-        }
-        for name in names
-    ]
-    climb.picture.png(climb.draw)
-    figure, [ax] = climb.picture.figure, climb.picture.axes
+    figures = {"speedup": 1.0, "speedup_ci": [0.9, 3.0], "over_below_ci": [0.9, 3.0], "kept": False}
+    panel.rungs = [{"name": name, **figures} for name in names]
+    panel.picture.png(panel.draw)
+    figure, [ax] = panel.picture.figure, panel.picture.axes
     for text in (*ax.get_yticklabels(), *ax.get_xticklabels(), *ax.texts, ax.xaxis.label):
         box = text.get_window_extent()
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0, (
-            f"{text.get_text()!r} is cut off"
-        )
+        inside = box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+        assert inside, f"{text.get_text()!r} is cut off"
 
 
 def test_the_ladder_panel_climbs_what_is_chosen():
@@ -184,12 +194,16 @@ def test_the_ladder_panel_climbs_what_is_chosen():
     assert [rung["name"] for rung in climb.outcome["rungs"]] == ["baseline", "channels_last"]
 
 
-def test_a_prediction_counts_once_it_is_made():
+def test_a_prediction_is_fixed_once_it_is_made():
     guess = widgets.Prediction("how many?")
     assert guess.value is None
     guess.box.value = 3.5
     guess.commit()
     assert guess.value == 3.5 and guess.box.disabled
+
+
+def pixels(png):
+    return Image.open(io.BytesIO(png)).tobytes()
 
 
 def ranks():
@@ -202,17 +216,15 @@ def ranks():
     return [child for server in servers for child in server.children()]
 
 
-def test_the_scaling_panel_gains_a_point_for_each_number_of_ranks():
+def test_the_scaling_panel_adds_a_point_for_each_number_of_ranks():
     guess = {2: 1.5}
     board = widgets.ScalingPanel(SHORT.replace(threads=1), ranks=(1, 2), prediction=lambda: guess)
     for count in (2, 1, 2):
-        board.controls[
-            "replicas"
-        ].value = count  # before the first Run this only chooses; afterwards it runs
-        if not board.started:
+        board.controls["replicas"].value = count
+        if not board.started:  # after the first Run, moving the slider runs again
             board.run()
         board.wait()
-        assert "times" in board.status.value, board.status.value
+        assert "a speedup of" in board.status.value, board.status.value
     measured = next(iter(board.points.values()))
     assert sorted(measured) == [1, 2]
     for baseline, own in measured.values():
@@ -225,7 +237,7 @@ def test_the_scaling_panel_gains_a_point_for_each_number_of_ranks():
     assert [len(own.images_per_s) for _, own in (measured[1], measured[2])] == [1, 2]
 
 
-def test_weak_scaling_gives_each_rank_a_batch_of_its_own_and_a_curve_of_its_own():
+def test_weak_scaling_gives_each_rank_its_own_batch_and_has_its_own_curve():
     board = widgets.ScalingPanel(SHORT.replace(threads=1), ranks=(1, 2))
     board.controls["scaling"].value = "weak"
     board.controls["replicas"].value = 2
@@ -240,14 +252,14 @@ def test_weak_scaling_gives_each_rank_a_batch_of_its_own_and_a_curve_of_its_own(
 def test_a_stopped_scaling_run_leaves_no_point():
     board = widgets.ScalingPanel(LONG.replace(evaluate=False), ranks=(2,))
     board.run()
-    wait_until(lambda: "step" in board.status.value, "it did not happen", 10)
+    wait_until(lambda: "step" in board.status.value, "no step was reported", 10)
     board.stop()
     board.wait()
     assert board.status.value.startswith("Stopped.") and not any(board.points.values())
-    wait_until(lambda: not ranks(), "it did not happen", 10)
+    wait_until(lambda: not ranks(), "a rank is still alive", 10)
 
 
-def test_a_crowd_of_ranks_is_said():
+def test_the_status_line_warns_of_oversubscription():
     cores = machine.cores()
     board = widgets.TrainingPanel(
         SHORT.replace(replicas=2 * cores, batch_size=16 * cores, threads=1), {"seed": [0]}
