@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -18,146 +19,8 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Pooling = Literal["after-relu", "before-relu"]
 Compiler = Literal["eager", "inductor", "inductor-except-pool"]
-Strategy = Literal["ddp", "ring", "local-sgd", "async"]
+Strategy = Literal[None, "ddp", "ring", "local-sgd", "async"]
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
-
-# All other numbers must be above 0.
-ZERO_ALLOWED = {"warmup_steps", "loader_workers", "seed", "staleness", "latency_ms", "straggler_ms"}
-DDP_ONLY_DEFAULTS = {"compression": "none", "bucket_mb": None, "accumulate": 1}
-
-
-def changes(a: "Recipe", b: "Recipe") -> dict[str, tuple[Any, Any]]:
-    """The fields that differ: {field name: (value in `a`, value in `b`)}."""
-    pairs = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(Recipe)}
-    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
-
-
-def format_changes(a: "Recipe", b: "Recipe") -> str:
-    """`changes(a, b)` as a short label for a plot, such as "threads=2, precision=bf16"."""
-    label = ", ".join(f"{name}={new}" for name, (_, new) in changes(a, b).items())
-    return label or "unchanged"
-
-
-def _check_field(name: str, value: Any) -> None:
-    """Raise `CnnlabError` if `value` does not fit the type of the field `name`."""
-    kind = FIELD_TYPES[name]
-    optional = NoneType in get_args(kind)
-    if optional and value is None:
-        return
-    if optional:
-        kind = get_args(kind)[0]
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
-        _check_choice(name, value, (None, *choices) if optional else choices)
-    elif kind in (int, float):
-        _check_number(name, value, kind)
-    elif not isinstance(value, bool):
-        raise CnnlabError(f"{name}={value!r} is not allowed. Use True or False.")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        hint = _suggest(str(value), [choice for choice in allowed if choice])
-        names = ", ".join(map(str, allowed))
-        raise CnnlabError(f"{name}={value!r} is not allowed. Choose one of {names}.{hint}")
-
-
-def _check_number(name: str, value: Any, kind: type) -> None:
-    zero_allowed = name in ZERO_ALLOWED
-    if _is_number(value, kind) and (value > 0 or (value == 0 and zero_allowed)):
-        return
-    if kind is int:
-        allowed = f"an integer of at least {0 if zero_allowed else 1}"
-    else:
-        allowed = "a finite number " + ("of at least 0" if zero_allowed else "above 0")
-    raise CnnlabError(f"{name}={value!r} is not allowed. Use {allowed}.")
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    if isinstance(value, int):
-        return not isinstance(value, bool)
-    return kind is float and isinstance(value, float) and math.isfinite(value)
-
-
-def _check_names(values: dict[str, Any]) -> None:
-    for name in values:
-        if name not in FIELD_TYPES:
-            fallback = f" Choose one of {', '.join(FIELD_TYPES)}."
-            hint = _suggest(name, list(FIELD_TYPES)) or fallback
-            raise CnnlabError(f"a recipe has no field {name!r}.{hint}")
-
-
-def _suggest(name: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(name, allowed, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def _check_batch(recipe: "Recipe") -> None:
-    batch, replicas = recipe.batch_size, recipe.replicas
-    if batch % replicas:
-        nearest = max(replicas, round(batch / replicas) * replicas)
-        raise CnnlabError(
-            f"batch_size={batch} is not divisible by replicas={replicas}. "
-            f"Use a multiple of {replicas}, such as {nearest}."
-        )
-    share = batch // replicas
-    if share % recipe.accumulate:
-        raise CnnlabError(
-            f"accumulate={recipe.accumulate} does not divide the {share} images per rank. "
-            f"Use a divisor of {share}."
-        )
-    if recipe.data == "synthetic" and batch > recipe.images:
-        raise CnnlabError(
-            f"batch_size={batch} is larger than the data set, images={recipe.images}. "
-            "Lower batch_size or raise images."
-        )
-
-
-def _check_strategy(recipe: "Recipe") -> None:
-    strategy = recipe.strategy
-    if strategy in (None, "ddp"):
-        return
-    for name, default in DDP_ONLY_DEFAULTS.items():
-        value = getattr(recipe, name)
-        if value != default:
-            raise CnnlabError(
-                f"{name}={value!r} needs strategy='ddp', because strategy={strategy!r} does not "
-                f"use DDP's gradient buckets. Use strategy='ddp' or {name}={default!r}."
-            )
-    if recipe.precision == "fp16":
-        raise CnnlabError(
-            "precision='fp16' needs strategy='ddp', because a rank whose gradients overflow skips "
-            f"the step and would block the other ranks of strategy={strategy!r}. "
-            "Use precision='bf16'."
-        )
-    if strategy == "async" and recipe.schedule != "constant":
-        raise CnnlabError(
-            "strategy='async' needs schedule='constant', because its ranks share no step count. "
-            "Use schedule='constant'."
-        )
-
-
-def _check_device_and_data(recipe: "Recipe") -> None:
-    if recipe.device != "cpu" and (recipe.latency_ms or recipe.bandwidth_mbit):
-        raise CnnlabError(
-            "latency_ms and bandwidth_mbit need device='cpu', because the simulated network cannot "
-            "delay transfers between GPUs. Use device='cpu' or their defaults."
-        )
-    if recipe.device != "cuda" and recipe.precision == "tf32":
-        raise CnnlabError(
-            "precision='tf32' needs device='cuda', because it is a mode of NVIDIA Tensor Cores. "
-            "On a CPU, use precision='bf16'."
-        )
-    if recipe.steps is not None and recipe.steps <= recipe.warmup_steps:
-        raise CnnlabError(
-            f"steps={recipe.steps} leaves no step to time after warmup_steps="
-            f"{recipe.warmup_steps}. Raise steps or lower warmup_steps."
-        )
-    if recipe.augment == "crop" and recipe.data != "photos":
-        raise CnnlabError(
-            "augment='crop' needs data='photos', because photos are cropped while they are "
-            "decoded. For other data, use augment='shift'."
-        )
 
 
 class CnnlabError(ValueError):
@@ -200,7 +63,7 @@ class Recipe:
     compiler: Compiler = "eager"  # inductor: torch.compile; except-pool: max-pooling stays eager
 
     replicas: int = 1  # ranks, each with a copy of the model and a share of every batch
-    strategy: Strategy | None = None  # how replicas stay in sync; None: ddp for several replicas
+    strategy: Strategy = None  # how replicas stay in sync; None: ddp for several replicas
     compression: Compression = "none"  # gradient compression in the all-reduce (ddp only)
     bucket_mb: float | None = None  # gradient bucket size in MiB (ddp only); None: torch's own
     accumulate: int = 1  # micro-batches per step, with one all-reduce for all (ddp only)
@@ -215,9 +78,7 @@ class Recipe:
         for name in FIELD_TYPES:
             _check_field(name, getattr(self, name))
         if self.seed >= 2**31:
-            raise CnnlabError(
-                f"seed={self.seed} is too large for NumPy. Use a seed below 2**31 = {2**31}."
-            )
+            raise CnnlabError(f"seed={self.seed} is too large for NumPy. Use one below {2**31}.")
         _check_batch(self)
         _check_strategy(self)
         _check_device_and_data(self)
@@ -235,11 +96,123 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """The inverse of `to_dict`. Missing fields take their defaults; unknown ones raise."""
         if not isinstance(values, dict):
-            raise CnnlabError(
-                f"a recipe is a JSON object of names and values, not {type(values).__name__}."
-            )
+            raise CnnlabError(f"a recipe is a JSON object, not {type(values).__name__}.")
         _check_names(values)
         return cls(**values)
 
 
 FIELD_TYPES = get_type_hints(Recipe)
+
+# All other numbers must be above 0.
+ZERO_ALLOWED = {"warmup_steps", "loader_workers", "seed", "staleness", "latency_ms", "straggler_ms"}
+
+
+def changes(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ: {field name: (value in `a`, value in `b`)}."""
+    pairs = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(Recipe)}
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+
+def format_changes(a: Recipe, b: Recipe) -> str:
+    """`changes(a, b)` as a short label for a plot, such as "threads=2, precision=bf16"."""
+    label = ", ".join(f"{name}={new}" for name, (_, new) in changes(a, b).items())
+    return label or "unchanged"
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if name not in FIELD_TYPES:
+            hint = _suggest(name, FIELD_TYPES) or f" Choose one of {', '.join(FIELD_TYPES)}."
+            raise CnnlabError(f"a recipe has no field {name!r}.{hint}")
+
+
+def _suggest(name: str, allowed: Iterable[str | None]) -> str:
+    close = difflib.get_close_matches(name, [choice for choice in allowed if choice], n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _check_field(name: str, value: Any) -> None:
+    kind = FIELD_TYPES[name]
+    options = get_args(kind)  # the choices of a Literal; (int, NoneType) of int | None
+    if get_origin(kind) is Literal:
+        if value not in options:
+            fix = f"Choose one of {', '.join(map(str, options))}.{_suggest(str(value), options)}"
+            raise CnnlabError(f"{name}={value!r} is not allowed. {fix}")
+    elif kind is bool:
+        if not isinstance(value, bool):
+            raise CnnlabError(f"{name}={value!r} is not allowed. Use True or False.")
+    elif value is not None or NoneType not in options:
+        _check_number(name, value, integer=kind in (int, int | None))
+
+
+def _check_number(name: str, value: Any, integer: bool) -> None:
+    zero_allowed = name in ZERO_ALLOWED
+    is_number = isinstance(value, int if integer else int | float) and not isinstance(value, bool)
+    if is_number and (0 < value < math.inf or (value == 0 and zero_allowed)):
+        return
+    if integer:
+        allowed = f"an integer of at least {0 if zero_allowed else 1}"
+    else:
+        allowed = f"a finite number {'of at least' if zero_allowed else 'above'} 0"
+    raise CnnlabError(f"{name}={value!r} is not allowed. Use {allowed}.")
+
+
+def _check_batch(recipe: Recipe) -> None:
+    batch, replicas = recipe.batch_size, recipe.replicas
+    share, remainder = divmod(batch, replicas)
+    if remainder:
+        nearest = max(replicas, round(batch / replicas) * replicas)
+        raise CnnlabError(
+            f"batch_size={batch} is not divisible by replicas={replicas}. "
+            f"Use a multiple of {replicas}, such as {nearest}."
+        )
+    if share % recipe.accumulate:
+        raise CnnlabError(
+            f"accumulate={recipe.accumulate} does not divide the {share} images per rank. "
+            f"Use a divisor of {share}."
+        )
+    if recipe.data == "synthetic" and batch > recipe.images:
+        raise CnnlabError(
+            f"batch_size={batch} is larger than the data set, images={recipe.images}. "
+            "Lower batch_size or raise images."
+        )
+
+
+def _check_strategy(recipe: Recipe) -> None:
+    strategy = recipe.strategy
+    if strategy in (None, "ddp"):
+        return
+    for name in ("compression", "bucket_mb", "accumulate"):
+        value, default = getattr(recipe, name), getattr(Recipe, name)
+        if value != default:
+            raise CnnlabError(
+                f"{name}={value!r} needs strategy='ddp', because strategy={strategy!r} does not "
+                f"use DDP's gradient buckets. Use strategy='ddp' or {name}={default!r}."
+            )
+    if recipe.precision == "fp16":
+        raise CnnlabError(
+            "precision='fp16' needs strategy='ddp', because a rank that skips an overflowing step "
+            f"would block the others of strategy={strategy!r}. Use precision='bf16'."
+        )
+    if strategy == "async" and recipe.schedule != "constant":
+        raise CnnlabError(
+            "strategy='async' needs schedule='constant', because its ranks share no step count."
+        )
+
+
+def _check_device_and_data(recipe: Recipe) -> None:
+    if recipe.device != "cpu" and (recipe.latency_ms or recipe.bandwidth_mbit):
+        raise CnnlabError(
+            "latency_ms and bandwidth_mbit need device='cpu': GPU transfers cannot be delayed."
+        )
+    if recipe.device != "cuda" and recipe.precision == "tf32":
+        raise CnnlabError(
+            "precision='tf32' needs device='cuda' with Tensor Cores. Use precision='bf16'."
+        )
+    if recipe.steps is not None and recipe.steps <= recipe.warmup_steps:
+        raise CnnlabError(
+            f"steps={recipe.steps} leaves no step to time after warmup_steps="
+            f"{recipe.warmup_steps}. Raise steps or lower warmup_steps."
+        )
+    if recipe.augment == "crop" and recipe.data != "photos":
+        raise CnnlabError("augment='crop' needs data='photos'. Use augment='shift' instead.")

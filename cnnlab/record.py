@@ -6,12 +6,12 @@ import re
 import subprocess
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from cnnlab.events import Event, Failed, Finished, Started, from_dict, to_dict
 from cnnlab.recipe import CnnlabError, Recipe
@@ -27,18 +27,17 @@ def save(path: str | Path, events: Iterable[Event], machine: dict[str, Any]) -> 
     record is complete or absent. An interrupted run leaves `path.part`, which `load` also reads.
     Raises `CnnlabError` if the file cannot be written.
     """
-    path = Path(path)
-    with _atomic_file(path) as file:
-        started = False
+    with _json_writer(path) as write:
+        header_written = False
         pending: list[Event] = []  # a run can fail and restart before its first rank starts
         for event in events:
-            if isinstance(event, Started) and not started:
-                started = True
-                _write_line(file, path, _header(event.recipe, machine))
             pending.append(event)
-            if started:
+            if isinstance(event, Started) and not header_written:
+                write(_header(event.recipe, machine))
+                header_written = True
+            if header_written:
                 for ready in pending:
-                    _write_line(file, path, to_dict(ready))
+                    write(to_dict(ready))
                 pending.clear()
             yield event
 
@@ -50,24 +49,18 @@ def load(path: str | Path) -> "Record":
     missing, damaged, or not a record.
     """
     path = Path(path)
-    values, torn = _read_lines(path)
+    values, truncated = _read_lines(path)
     try:
         header = values[0]
         if header["cnnlab"] != FORMAT:
-            raise CnnlabError(
-                f"it has format {header['cnnlab']}, and this version of cnnlab reads {FORMAT}."
-            )
+            raise CnnlabError(f"it has format {header['cnnlab']}; this version reads {FORMAT}.")
         recipe = Recipe.from_dict(header["recipe"])
         events = [from_dict(value) for value in values[1:]]
-        return Record(
-            recipe=recipe,
-            machine=header["machine"],
-            versions=header["versions"],
-            commit=header["commit"],
-            date=header["date"],
-            events=events,
-            truncated=torn or _missing_end(recipe, events),
-        )
+        types = [type(event) for event in events]
+        if types.count(Finished) < recipe.replicas and Failed not in types:
+            truncated = truncated or "the end of the run is missing"
+        rest = {name: header[name] for name in ("machine", "versions", "commit", "date")}
+        return Record(recipe=recipe, events=events, truncated=truncated, **rest)
     except CnnlabError as error:
         raise CnnlabError(f"the record {path} cannot be used: {error}") from None
     except (IndexError, KeyError, TypeError, ValueError) as error:
@@ -84,8 +77,7 @@ def replay(path: str | Path, tempo: float | None = None) -> Iterator[Event]:
     record = load(path)
     if record.truncated:
         warnings.warn(
-            f"{path} is truncated: {record.truncated}. Replaying the {len(record.events)} events "
-            "before that.",
+            f"{path} is truncated: {record.truncated}. Replaying the {len(record.events)} events.",
             stacklevel=2,
         )
     clock = 0.0
@@ -113,22 +105,17 @@ def file_name(kind: str, machine: dict[str, Any]) -> str:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as JSON. An existing file is replaced only by a complete one."""
-    path = Path(path)
-    with _atomic_file(path) as file:
-        _write_line(file, path, value, indent=1)
+    with _json_writer(path, indent=1) as write:
+        write(value)
 
 
 def check_writable(path: str | Path) -> None:
     """Raise `CnnlabError` before the work, rather than after it, if `path` cannot be written."""
-    path = Path(path)
-    part = _partial_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    part = _part_path(path)
+    with _write_errors(path):
         with open(part, "w") as file:
             file.write(" " * 65536)  # on a full disk, opening succeeds and writing fails
         part.unlink()
-    except OSError as error:
-        raise cannot_write(path, error) from None
 
 
 def cannot_write(
@@ -143,53 +130,57 @@ def cannot_write(
 
 def git_commit() -> str | None:
     """Git commit of this code, with "+changes" if it was edited; None outside a checkout."""
-    folder = Path(__file__).parent
     try:
-        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
-        edited = _git(folder, "status", "--porcelain", "--", str(folder))
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        edited = _git("status", "--porcelain", "--", ".")
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + "+changes" if edited else commit
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).parent
     command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
 
 @contextmanager
-def _atomic_file(path: Path) -> Iterator[TextIO]:
-    """A file that is renamed to `path` if the block ends without an error."""
-    part = _partial_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def _json_writer(path: str | Path, indent: int | None = None) -> Iterator[Callable[[Any], None]]:
+    """A function that writes values to a file, which gets its name if the block does not raise."""
+    part = _part_path(path)
+    with _write_errors(path):
         file = open(part, "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise cannot_write(path, error) from None
+
+    def write(value: Any) -> None:
+        with _write_errors(path):
+            file.write(json.dumps(value, indent=indent) + "\n")
+            file.flush()
+
     complete = False
     try:
-        yield file
+        yield write
         complete = True
     finally:
-        try:
+        with _write_errors(path):
             file.close()  # fails on a full disk
             if complete:
                 os.replace(part, path)
-        except OSError as error:
-            raise cannot_write(path, error) from None
 
 
-def _partial_path(path: Path) -> Path:
+def _part_path(path: str | Path) -> Path:
+    """`path.part` in a folder that exists."""
+    path = Path(path)
     if path.is_dir():
         raise CnnlabError(f"cannot write {path}: it is a folder. Choose a file name in it.")
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(path.name + ".part")
 
 
-def _write_line(file: TextIO, path: Path, value: Any, indent: int | None = None) -> None:
+@contextmanager
+def _write_errors(path: str | Path) -> Iterator[None]:
     try:
-        file.write(json.dumps(value, indent=indent) + "\n")
-        file.flush()
+        yield
     except OSError as error:
         raise cannot_write(path, error) from None
 
@@ -210,7 +201,11 @@ def _read_lines(path: Path) -> tuple[list, str | None]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise CnnlabError(f"there is no record {path}. {_list_records(path.parent)}") from None
+        others = ", ".join(sorted(other.name for other in path.parent.glob("*.jsonl")))
+        listing = (
+            f"The folder has {others}." if others else f"There are no records in {path.parent}."
+        )
+        raise CnnlabError(f"there is no record {path}. {listing}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CnnlabError(f"the record {path} cannot be read: {error}.") from None
     values = []
@@ -220,24 +215,9 @@ def _read_lines(path: Path) -> tuple[list, str | None]:
         except ValueError:
             if number == len(lines) and number > 1:
                 return values, f"the last line ({number}) is torn"
-            raise CnnlabError(
-                f"the record {path} is damaged in line {number}: it is not JSON. Record it again."
-            ) from None
+            reason = f"is damaged in line {number}: it is not JSON"
+            raise CnnlabError(f"the record {path} {reason}. Record it again.") from None
     return values, None
-
-
-def _missing_end(recipe: Recipe, events: list[Event]) -> str | None:
-    types = [type(event) for event in events]
-    if types.count(Finished) >= recipe.replicas or Failed in types:
-        return None
-    return "the end of the run is missing"
-
-
-def _list_records(folder: Path) -> str:
-    names = sorted(path.name for path in folder.glob("*.jsonl"))
-    if not names:
-        return f"There are no records in {folder}."
-    return f"The folder has {', '.join(names)}."
 
 
 @dataclass(frozen=True, kw_only=True)
