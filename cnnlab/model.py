@@ -1,7 +1,7 @@
 """The CNNs. Each is an ordered list of named stages that does not know how it is accelerated."""
 
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,7 @@ def build(recipe: Recipe, shape: tuple[int, int, int]) -> nn.Module:
 
     `shape`: (channels, size, classes). Raises `CnnlabError` if the size does not fit the model.
     """
-    models: dict[str, tuple[Callable[..., nn.Module], int]] = {
-        "SmallCNN": (SmallCNN, 4),
-        "ResNet9": (ResNet9, 8),
-        "VGG16": (VGG16, 32),
-        "VGG19": (VGG19, 32),
-    }
-    model, multiple = models[recipe.model]
+    model, multiple = MODELS[recipe.model]
     channels, size, classes = shape
     if size % multiple:
         raise CnnlabError(
@@ -52,16 +46,6 @@ def conv_block(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def VGG16(**shape: int) -> "VGG":  # noqa: N802
-    """Configuration D of the VGG paper: 13 convolutions and 3 linear layers."""
-    return VGG((2, 2, 3, 3, 3), **shape)
-
-
-def VGG19(**shape: int) -> "VGG":  # noqa: N802
-    """Configuration E of the VGG paper: 16 convolutions and 3 linear layers."""
-    return VGG((2, 2, 4, 4, 4), **shape)
-
-
 class SmallCNN(nn.Sequential):
     """Two convolutions and a linear classifier, as in many first lessons on CNNs.
 
@@ -69,13 +53,13 @@ class SmallCNN(nn.Sequential):
     """
 
     def __init__(self, channels: int = 3, size: int = 32, classes: int = 10, width: int = 16):
+        super().__init__()
         w = width
-        stages: OrderedDict[str, nn.Module] = OrderedDict(
-            stage1=nn.Sequential(nn.Conv2d(channels, w, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            stage2=nn.Sequential(nn.Conv2d(w, 2 * w, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            classifier=nn.Sequential(nn.Flatten(), nn.Linear(2 * w * (size // 4) ** 2, classes)),
+        self.stage1 = nn.Sequential(
+            nn.Conv2d(channels, w, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
         )
-        super().__init__(stages)
+        self.stage2 = nn.Sequential(nn.Conv2d(w, 2 * w, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(2 * w * (size // 4) ** 2, classes))
 
 
 class ResNet9(nn.Sequential):
@@ -85,26 +69,20 @@ class ResNet9(nn.Sequential):
     """
 
     def __init__(self, channels: int = 3, size: int = 32, classes: int = 10, width: int = 32):
+        super().__init__()
         w = width
-        stages: OrderedDict[str, nn.Module] = OrderedDict(
-            stem=conv_block(channels, w),
-            stage1=nn.Sequential(
-                conv_block(w, 2 * w, pool=True),
-                Residual(conv_block(2 * w, 2 * w), conv_block(2 * w, 2 * w)),
-            ),
-            stage2=conv_block(2 * w, 4 * w, pool=True),
-            stage3=nn.Sequential(
-                conv_block(4 * w, 8 * w, pool=True),
-                Residual(conv_block(8 * w, 8 * w), conv_block(8 * w, 8 * w)),
-            ),
-            classifier=nn.Sequential(
-                nn.MaxPool2d(size // 8),
-                nn.Flatten(),
-                nn.Linear(8 * w, classes, bias=False),
-                Scale(0.125),
-            ),
+        self.stem = conv_block(channels, w)
+        self.stage1 = nn.Sequential(
+            conv_block(w, 2 * w, pool=True),
+            Residual(conv_block(2 * w, 2 * w), conv_block(2 * w, 2 * w)),
         )
-        super().__init__(stages)
+        self.stage2 = conv_block(2 * w, 4 * w, pool=True)
+        self.stage3 = nn.Sequential(
+            conv_block(4 * w, 8 * w, pool=True),
+            Residual(conv_block(8 * w, 8 * w), conv_block(8 * w, 8 * w)),
+        )
+        linear = nn.Linear(8 * w, classes, bias=False)
+        self.classifier = nn.Sequential(nn.MaxPool2d(size // 8), nn.Flatten(), linear, Scale(0.125))
 
 
 class Residual(nn.Sequential):
@@ -133,23 +111,18 @@ class VGG(nn.Sequential):
     """
 
     def __init__(
-        self,
-        blocks: tuple[int, ...],
-        channels: int = 3,
-        size: int = 32,
-        classes: int = 10,
-        width: int = 64,
+        self, blocks: tuple, channels: int = 3, size: int = 32, classes: int = 10, width: int = 64
     ) -> None:
         super().__init__()
         for number, convolutions in enumerate(blocks, start=1):
-            outputs = width * 2 ** min(number - 1, 3)
+            outputs = min(width * 2 ** (number - 1), width * 8)
             layers: list[nn.Module] = []
             for _ in range(convolutions):
                 layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.ReLU()]
                 channels = outputs
             self.add_module(f"stage{number}", nn.Sequential(*layers, nn.MaxPool2d(2)))
         hidden = 64 * width  # 4096 in the paper
-        classifier = nn.Sequential(
+        self.classifier = nn.Sequential(
             nn.Flatten(),
             nn.Linear(channels * (size // 32) ** 2, hidden),
             nn.ReLU(),
@@ -159,4 +132,16 @@ class VGG(nn.Sequential):
             nn.Dropout(),
             nn.Linear(hidden, classes),
         )
-        self.add_module("classifier", classifier)
+
+
+# Configurations D and E of the paper: 13 and 16 convolutions, and 3 linear layers.
+VGG16 = partial(VGG, (2, 2, 3, 3, 3))
+VGG19 = partial(VGG, (2, 2, 4, 4, 4))
+
+# Name: (model, number that must divide the image size).
+MODELS: dict[str, tuple[Callable[..., nn.Module], int]] = {
+    "SmallCNN": (SmallCNN, 4),
+    "ResNet9": (ResNet9, 8),
+    "VGG16": (VGG16, 32),
+    "VGG19": (VGG19, 32),
+}

@@ -201,11 +201,8 @@ def _read_lines(path: Path) -> tuple[list, str | None]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        others = ", ".join(sorted(other.name for other in path.parent.glob("*.jsonl")))
-        listing = (
-            f"The folder has {others}." if others else f"There are no records in {path.parent}."
-        )
-        raise CnnlabError(f"there is no record {path}. {listing}") from None
+        found = ", ".join(sorted(file.name for file in path.parent.glob("*.jsonl"))) or "no records"
+        raise CnnlabError(f"there is no record {path}. The folder has {found}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CnnlabError(f"the record {path} cannot be read: {error}.") from None
     values = []
@@ -215,8 +212,8 @@ def _read_lines(path: Path) -> tuple[list, str | None]:
         except ValueError:
             if number == len(lines) and number > 1:
                 return values, f"the last line ({number}) is torn"
-            reason = f"is damaged in line {number}: it is not JSON"
-            raise CnnlabError(f"the record {path} {reason}. Record it again.") from None
+            reason = f"the record {path} is damaged in line {number}: it is not JSON."
+            raise CnnlabError(f"{reason} Record it again.") from None
     return values, None
 
 
