@@ -32,14 +32,8 @@ def scaling_curve(
         _draw_measured(ax, workers, measured)
     guesses = dict(prediction or {})
     if guesses:
-        ax.plot(
-            list(guesses),
-            list(guesses.values()),
-            "x",
-            color=PREDICTED,
-            markersize=9,
-            label="your prediction",
-        )
+        x, y = list(guesses), list(guesses.values())
+        ax.plot(x, y, "x", color=PREDICTED, markersize=9, label="your prediction")
     values = [speedup.value for speedup in measured]
     ax.set_ylim(0, 1.1 * max([2, *workers, *values, *guesses.values()]))
     ax.set_xticks(sorted({1, *workers}))
@@ -56,12 +50,6 @@ def _draw_measured(ax: Axes, workers: Sequence[int], measured: Sequence[Speedup]
     known = np.isfinite(high)  # a single run has no confidence interval
     below = np.where(known, values - low, 0.0)
     above = np.where(known, np.minimum(high - values, values), 0.0)
-    ax.errorbar(
-        workers,
-        values,
-        yerr=[below, above],
-        fmt="o",
-        color=COLORS[0],
-        capsize=3,
-        label="measured (95% CI)" if known.any() else "measured",
-    )
+    label = "measured (95% CI)" if known.any() else "measured"
+    errors = [below, above]
+    ax.errorbar(workers, values, errors, fmt="o", color=COLORS[0], capsize=3, label=label)

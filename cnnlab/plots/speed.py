@@ -101,7 +101,7 @@ def ladder_bars(
     ax.set_xlim(0, 1.5 * widest)
     ax.set_xlabel("speedup over the naive baseline (95% CI)")
     if others or prediction:
-        ax.legend(frameon=False, loc="upper right", fontsize=9)
+        ax.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none", borderpad=0.1)
     hide_frame(ax)
 
 
@@ -119,16 +119,10 @@ def roofline(
     intensity = np.logspace(-1, 4, 200)
     precisions = [name for name in peaks if name != "copy"]
     for number, name in enumerate(precisions):
-        bold = name == precision
         roof = np.minimum(peaks["copy"] * intensity, peaks[name]) / 1e9
-        ax.loglog(
-            intensity,
-            roof,
-            label=f"{name} peak {peaks[name] / 1e9:,.0f} GFLOP/s",
-            color=COLORS[number],
-            linewidth=2 if bold else 1,
-            alpha=1 if bold else 0.6,
-        )
+        label = f"{name} peak {peaks[name] / 1e9:,.0f} GFLOP/s"
+        width = 2.5 if name == precision else 1
+        ax.loglog(intensity, roof, color=COLORS[number], linewidth=width, label=label)
     _draw_roofline_points(ax, points or {})
     ax.set_xlabel("arithmetic intensity (FLOP per byte moved)")
     ax.set_ylabel("GFLOP/s")
@@ -139,9 +133,8 @@ def roofline(
 
 def _speedup_label(baseline: Measurement, measurement: Measurement) -> str:
     gain = speedup(baseline, measurement)
-    if gain.significant:
-        return f"{gain.value:.2f}x"
-    return f"{gain.value:.2f}x: no significant difference"
+    note = "" if gain.significant else ": no significant difference"
+    return f"{gain.value:.2f}x{note}"
 
 
 def _draw_rung(ax: Axes, row: int, rung: Mapping[str, Any], widest: float) -> None:

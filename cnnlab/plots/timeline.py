@@ -39,15 +39,9 @@ def rank_timeline(ax: Axes, runs: Runs) -> None:
             if name == phase and stop > begin and start < end
         ]
         rows, left, right = np.array(bars).reshape(-1, 3).T
-        thin = phase == "communication"
-        ax.hlines(
-            rows + 0.38 if thin else rows,
-            left,
-            right,
-            color=color,
-            linewidth=(24 if thin else 75) / max(world, 3),
-            label=PHASE_LABELS.get(phase, phase),
-        )
+        shift, width = (0.38, 24) if phase == "communication" else (0, 75)
+        label = PHASE_LABELS.get(phase, phase)
+        ax.hlines(rows + shift, left, right, color, linewidth=width / max(world, 3), label=label)
     ax.set_xlim(0, round_up(1.1 * 1000 * max(end - begin, 0.001)))
     ax.set_ylim(world - 0.3, -1.1)  # the first row leaves room for the legend
     ax.set_yticks(range(world), [f"rank {rank}" for rank in range(world)])

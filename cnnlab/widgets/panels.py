@@ -7,7 +7,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from cnnlab import machine
-from cnnlab.events import Event, Finished, Progress, Started
+from cnnlab.events import Event, Finished
 from cnnlab.launch import launcher
 from cnnlab.measure.compare import Measurement, slowest_rank, speedup
 from cnnlab.measure.ladder import climb, ladder_result, techniques
@@ -19,48 +19,13 @@ from cnnlab.plots.timeline import rank_timeline, step_breakdown
 from cnnlab.recipe import Recipe
 from cnnlab.widgets.board import Panel, slider
 from cnnlab.widgets.picture import Picture
+from cnnlab.widgets.status import oversubscription_note, plural, simulated_note, status_line
 
 EARLIER_RUNS = 4  # that stay on the plot for comparison
 BASELINE = "one rank without DDP"
 
-
-def status_line(event: Event, events: Sequence[Event]) -> tuple[float, str] | None:
-    """(fraction done, status line) of an event, given the run's events; None if it has no news."""
-    if isinstance(event, Progress):
-        started = next(e for e in events if isinstance(e, Started))
-        line = (
-            f"step {event.step} of {started.steps}, epoch {event.epoch}: "
-            f"loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s"
-        )
-        line += oversubscription_note(started.world, started.threads)
-        return event.step / started.steps, line + simulated_note(started.recipe)
-    if isinstance(event, Finished):
-        rate = f"{event.images_per_s:,.0f} images/s"
-        line = f"{event.images:,} images in {event.seconds:.1f} s: {rate}"
-        if event.accuracy is not None:
-            line += f", held-out accuracy {100 * event.accuracy:.1f}%"
-        return 1.0, line
-    return None
-
-
-def simulated_note(recipe: Recipe) -> str:
-    """A warning for figures that a simulated network has slowed down; empty for others."""
-    if recipe.latency_ms or recipe.bandwidth_mbit:
-        return ", SIMULATED network"
-    return ""
-
-
-def oversubscription_note(ranks: int, threads: int | None) -> str:
-    """A note for ranks that have fewer cores than threads; empty for others."""
-    cores = machine.cores()
-    threads = threads or 1
-    if ranks == 1 or ranks * threads <= cores:
-        return ""
-    return f" &ndash; {ranks} ranks of {_plural(threads, 'thread')} share {_plural(cores, 'core')}"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+Vary = Mapping[str, Sequence[Any]]  # fields of the recipe, and the values of their sliders
+Points = dict[int, tuple[Measurement, Measurement]]  # (baseline, measured) by number of ranks
 
 
 def _shorten_labels(runs: Mapping[str, list[Event]]) -> dict[str, list[Event]]:
@@ -78,17 +43,12 @@ def _shorten_labels(runs: Mapping[str, list[Event]]) -> dict[str, list[Event]]:
 class TrainingPanel(Panel):
     """A panel that trains `base` with some fields changed by sliders, and draws the runs live.
 
-    `vary` is {field of the recipe: its values}; each field gets a slider. `draw` has a plot
-    function for each axes. `.recipe` is what Run would train now, `.runs` the events of the latest
-    runs by label.
+    `draw` has a plot function for each axes. `.recipe` is what Run would train now, `.runs` the
+    events of the latest runs by label.
     """
 
     def __init__(
-        self,
-        base: Recipe,
-        vary: Mapping[str, Sequence[Any]],
-        draw: Sequence[Callable] = (loss, accuracy),
-        **options: Any,
+        self, base: Recipe, vary: Vary, draw: Sequence[Callable] = (loss, accuracy), **options: Any
     ) -> None:
         self.base = base
         self.plots = draw
@@ -131,23 +91,22 @@ class ScalingPanel(Panel):
     """A slider for the number of ranks, and a switch between strong and weak scaling.
 
     Strong scaling splits one batch over the ranks; weak scaling gives each rank its own batch. Run
-    trains `base` with DDP on that many ranks, and then the baseline again, because the machine may
-    have changed meanwhile: one rank without DDP. The ratio is a point of the curve; running the
-    same setting again adds a repeat. `vary` is {field of the recipe: its values}, a slider each.
-    `prediction()` returns {ranks: speedup} or None. `.points` is {(scaling and values of `vary`):
-    {ranks: (baseline, measurement)}}.
+    trains `base` with DDP on that many ranks and then, interleaved with it, the baseline: one rank
+    without DDP. Their ratio is a point of the curve; another Run of the same setting is a repeat.
+    `prediction()` returns {ranks: speedup} or None. `.points` is {setting of the other controls:
+    {ranks: (baseline, measured)}}.
     """
 
     def __init__(
         self,
         base: Recipe,
         ranks: Sequence[int] = (1, 2, 4),
-        vary: Mapping[str, Sequence[Any]] | None = None,
+        vary: Vary | None = None,
         prediction: Callable[[], Mapping[int, float] | None] = lambda: None,
     ) -> None:
         self.base = base
         self.prediction = prediction
-        self.points: dict[tuple, dict[int, tuple[Measurement, Measurement]]] = {}
+        self.points: dict[tuple, Points] = {}
         self.setting: tuple = (("scaling", "strong"),)
         self.shown = base  # the recipe whose figures are shown
         self.events: list[Event] = []
@@ -177,7 +136,7 @@ class ScalingPanel(Panel):
         )
         self.shown = self.base.replace(**values)
         self.compared = [baseline, recipe]
-        label = f"{_plural(ranks, 'rank')} with DDP"
+        label = f"{plural(ranks, 'rank')} with DDP"
         ours = yield from self._run(label, recipe, stop)
         if ours is None:
             return
@@ -279,23 +238,15 @@ class LadderPanel(Panel):
         self.running: str | None = None
         self.outcome: dict[str, Any] | None = None
         self.possible, self.impossible = techniques(machine.describe())
-        controls: dict[str, Any] = {
-            name: widgets.Checkbox(
-                value=True, description=name, indent=False, layout={"width": "190px"}
-            )
-            for name in self.possible
-        }
-        controls["repeats"] = widgets.IntSlider(
-            value=repeats, min=2, max=10, description="repeats", continuous_update=False
-        )
+        options: Any = {"value": True, "indent": False, "layout": {"width": "190px"}}
+        controls = {name: widgets.Checkbox(description=name, **options) for name in self.possible}
+        options = {"value": repeats, "min": 2, "max": 10, "continuous_update": False}
+        controls["repeats"] = widgets.IntSlider(description="repeats", **options)
         picture = Picture(1, (8.8, 4.2))
         picture.figure.subplots_adjust(left=0.25, bottom=0.13, top=0.97)
-        hint = "Choose rungs, then press Run."
-        if self.impossible:
-            hint += f" Not possible here: {html.escape(', '.join(self.impossible))}."
-        super().__init__(
-            controls, self._work, self._take, self._draw, picture, follow=False, hint=hint
-        )
+        missing = html.escape("; ".join(f"no {name}" for name in self.impossible))
+        hint = f"Choose rungs, then press Run. {missing}"
+        super().__init__(controls, self._work, self._take, self._draw, picture, False, hint)
 
     def _work(self, values, stop):
         self.rungs = []
@@ -316,11 +267,9 @@ class LadderPanel(Panel):
         if rung.measurement.images_per_s and not rung.failed:
             rows = {row["name"]: row for row in self.rungs}
             self.rungs = list({**rows, rung.name: rung.to_dict()}.values())
-        if measuring:
-            state = f"run {len(rung.measurement.images_per_s) + 1}"
-        else:
-            state = "done"
-            self.done += rung.name != "baseline"
+        state = f"run {len(rung.measurement.images_per_s) + 1}" if measuring else "done"
+        if not measuring and rung.name != "baseline":
+            self.done += 1
         return self.done / max(1, self.total), f"{rung.name}: {state}"
 
     def _draw(self, axes):
