@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from tqdm.auto import tqdm
 from tyro.conf import FlagConversionOff, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from cnnlab import machine, record
@@ -21,8 +22,8 @@ from cnnlab.events import Event
 from cnnlab.launch.failures import PEER_ERRORS, RankError
 from cnnlab.recipe import CnnlabError, Data, Model, Recipe
 
-QUICK = {"learning_rate": 0.001, "batch_size": 64, "steps": 3, "warmup_steps": 1}
-FULL = {"learning_rate": 0.001, "batch_size": 128, "steps": 22, "warmup_steps": 2}
+QUICK: dict[str, Any] = {"learning_rate": 0.001, "batch_size": 64, "steps": 3, "warmup_steps": 1}
+FULL: dict[str, Any] = {"learning_rate": 0.001, "batch_size": 128, "steps": 22, "warmup_steps": 2}
 
 File = Annotated[Path | None, arg(metavar="FILE")]
 Folder = Annotated[Path | None, arg(metavar="DIR")]
@@ -36,14 +37,11 @@ def main(words: Sequence[str] | None = None) -> int:
     0: done. 1: a run failed. 2: the request is invalid. 130: interrupted.
     """
     try:
-        parse(sys.argv[1:] if words is None else words).run()
+        parse(words).run()
         return 0
-    except CnnlabError as error:
+    except (CnnlabError, RankError) as error:
         print(f"cnnlab: {error}", file=sys.stderr)
-        return 2
-    except RankError as error:
-        print(f"cnnlab: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, RankError) else 2
     except RuntimeError as error:
         if not (under_torchrun() and any(text in str(error) for text in PEER_ERRORS)):
             raise
@@ -55,7 +53,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse(words: Sequence[str]) -> "Doctor | Train | Ladder | Replay":
+def parse(words: Sequence[str] | None) -> "Doctor | Train | Ladder | Replay":
     """The command with its options. Exits with 2 if an option or the type of a value is wrong."""
 
     def cli(train: Train) -> Any:
@@ -89,6 +87,7 @@ class Doctor:
         print("measuring ...", end="\r", file=sys.stderr)
         here = machine.describe()
         peaks = measure_peaks()
+        emulated = [name for name, native in here.hardware.items() if not native]
         rows: dict[str, Any] = {
             "processor": here.name,
             "system": here.system,
@@ -97,8 +96,8 @@ class Doctor:
             "instruction sets": ", ".join(here.units) or "none known",
             "GPUs": ", ".join(here.gpus) or "none",
             "C++ compiler": here.compiler or "none",
-            "in hardware": ", ".join(name for name, own in here.hardware.items() if own),
-            "emulated": ", ".join(name for name, own in here.hardware.items() if not own) or "none",
+            "in hardware": ", ".join(name for name in here.hardware if name not in emulated),
+            "emulated": ", ".join(emulated) or "none",
             **here.versions,
         }
         for name, value in peaks.items():
@@ -140,16 +139,16 @@ class Train:
 
             recipe = recipe.replace(replicas=int(os.environ["WORLD_SIZE"]))
             stream = train_under_torchrun(recipe, checkpoints)
+            if os.environ["RANK"] != "0":
+                exhaust(stream)
+                return
         else:
             from cnnlab.launch.launcher import run
 
             stream = run(recipe, checkpoints=checkpoints, max_restarts=self.max_restarts)
-        if under_torchrun() and os.environ["RANK"] != "0":
-            exhaust(stream)
-        elif self.record:
-            show(save_run(self.record, recipe, stream))
-        else:
-            show(stream)
+        if self.record:
+            stream = save_run(self.record, recipe, stream)
+        show(stream)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,29 +201,21 @@ class Ladder:
             exhaust(save_run(self.record, recipe, run(recipe)))
 
     def base_recipe(self) -> Recipe:
-        settings: dict[str, Any] = dict(QUICK if self.quick else FULL)
-        for field in fields(Recipe):
-            value = getattr(self, field.name, None)
-            if value is not None:
-                settings[field.name] = value
-        return Recipe(**settings)
+        settings = {f.name: getattr(self, f.name, None) for f in fields(Recipe)}
+        given = {name: value for name, value in settings.items() if value is not None}
+        return Recipe(**{**(QUICK if self.quick else FULL), **given})
 
-    def climb(
-        self, recipe: Recipe, rungs: dict, impossible: dict, json_files: list[Path]
-    ) -> dict[str, Any]:
+    def climb(self, recipe: Recipe, rungs: dict, impossible: dict, files: list[Path]) -> dict:
         """Measure the rungs. The result is saved after each: the next one may be interrupted."""
-        from tqdm.auto import tqdm
-
         from cnnlab.measure.ladder import climb, ladder_result
 
         def save() -> dict[str, Any]:
             result = ladder_result(found.values(), impossible)
-            for path in json_files:
+            for path in files:
                 record.write_json(path, result)
             return result
 
         found: dict[str, Any] = {}
-        result = None
         repeats = self.repeats or (3 if self.quick else 5)
         with tqdm(total=len(rungs), unit="rung", file=sys.stderr) as bar:
             for rung in climb(recipe, rungs, repeats, seconds=0 if self.quick else 4.0):
@@ -233,10 +224,8 @@ class Ladder:
                 if rung.kept is not None and rung.name != "baseline":
                     bar.write(rung_line(rung), file=sys.stdout)
                     bar.update()
-                    result = save()
-        if result is None:  # Only the baseline can run here.
-            result = save()
-        return result
+                    save()
+        return save()
 
 
 @dataclass(frozen=True, kw_only=True)
