@@ -16,11 +16,10 @@ def report(exercise: str, cases: Iterable[tuple[str, Any, Any]]) -> bool:
     solved = True
     for description, expected, got in cases:
         correct = _matches(expected, got)
-        solved = solved and correct
+        solved &= correct
         mark = "ok   " if correct else "wrong"
         lines.append(f"{mark}  {description}: expected {_format(expected)}, got {_format(got)}")
-    verdict = "solved." if solved else "not yet."
-    print(f"Exercise {exercise}: {verdict}", *lines, sep="\n")
+    print(f"Exercise {exercise}: {'solved.' if solved else 'not yet.'}", *lines, sep="\n")
     return solved
 
 
@@ -33,17 +32,13 @@ def function(exercise: str, spec: Callable, got: Callable, inputs: Iterable[tupl
     """Compare the learner's function with `spec` on the same `inputs` (tuples of arguments)."""
     cases = []
     for arguments in inputs:
-        description = "for " + ", ".join(_format(argument) for argument in arguments)
-        cases.append((description, spec(*arguments), _call(got, arguments)))
+        try:
+            value = got(*arguments)
+        except Exception as error:  # a wrong answer, printed like any other
+            value = error
+        description = "for " + ", ".join(map(_format, arguments))
+        cases.append((description, spec(*arguments), value))
     return report(exercise, cases)
-
-
-def _call(function: Callable, arguments: tuple) -> Any:
-    """The function's value, or the exception that it raised."""
-    try:
-        return function(*arguments)
-    except Exception as error:
-        return error
 
 
 def _matches(expected: Any, got: Any) -> bool:

@@ -84,8 +84,7 @@ class Finished:
     compute_s: float  # per step, the rest: transfer, forward, backward, update
     peak_memory_mib: float  # device memory on a GPU, else resident memory of the process
     accuracy: float | None  # held out; None if the recipe does not evaluate
-    # Mean number of updates by others between reading the parameters and updating them (async).
-    # Ranks in lockstep would have (N - 1) / 2.
+    # Async: mean updates by others between a rank's read and update; (N - 1) / 2 in lockstep.
     staleness: float | None
 
 

@@ -41,15 +41,11 @@ def describe() -> "Machine":
     flags = _cpu_flags()
     # Without oneDNN, as on macOS, torch's convolutions do not use these instructions.
     onednn = torch.backends.mkldnn.is_available()
-    hardware = {
-        "fp32": True,
-        "bf16": onednn and bool(flags & BF16_FLAGS),
-        "fp16": onednn and bool(flags & FP16_FLAGS),
-    }
-    gpus: tuple[str, ...] = ()
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        gpus = tuple(torch.cuda.get_device_name(number) for number in range(count))
+    bf16 = onednn and bool(flags & BF16_FLAGS)
+    fp16 = onednn and bool(flags & FP16_FLAGS)
+    hardware = {"fp32": True, "bf16": bf16, "fp16": fp16}
+    gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = tuple(torch.cuda.get_device_name(number) for number in range(gpu_count))
     compiler = _find_compiler()
     return Machine(
         name=_cpu_name(),
@@ -74,9 +70,7 @@ def cores() -> int:
 
 def cpu_affinity() -> list[int] | None:
     """The cores that this process may run on; None if the system does not say."""
-    if not hasattr(os, "sched_getaffinity"):
-        return None
-    return sorted(os.sched_getaffinity(0))
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
 def versions() -> dict[str, str]:
@@ -85,12 +79,11 @@ def versions() -> dict[str, str]:
 
     # Unlike its metadata, torch.__version__ names the build, such as +cu128.
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("cnnlab", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    try:
+        found["cnnlab"] = version("cnnlab")
+    except PackageNotFoundError:
+        found["cnnlab"] = "not installed"
+    return {**found, "numpy": version("numpy")}
 
 
 def missing_for(recipe: Recipe) -> list[str]:
@@ -140,17 +133,13 @@ def _sysctl(name: str) -> str:
     """A value of macOS's sysctl; "" elsewhere."""
     if sys.platform != "darwin":
         return ""
-    done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True)
-    return done.stdout.strip()
+    return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True).stdout.strip()
 
 
 def _find_compiler() -> str | None:
     """Path of the C++ compiler that torch.compile would use."""
     names = os.environ.get("CXX", "").split()[:1] or ["g++", "clang++", "cl"]
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    return None
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def _missing(hardware: dict[str, bool], gpus: tuple[str, ...], compiler: str | None) -> dict:
@@ -164,8 +153,7 @@ def _missing(hardware: dict[str, bool], gpus: tuple[str, ...], compiler: str | N
             cause = f"this torch ({torch.__version__}) was built without CUDA"
         missing["NVIDIA GPU"] = (
             f"torch finds none. Either the machine has none, or {cause}. GPU lessons show recorded "
-            "runs where available. To run them live, use Colab, or a machine with an NVIDIA GPU "
-            "and a CUDA build of torch."
+            "runs. To run them live, use Colab, or an NVIDIA GPU and a CUDA build of torch."
         )
     if len(gpus) < 2:
         missing["second GPU"] = "runs on several GPUs need a machine with at least two."
@@ -174,15 +162,12 @@ def _missing(hardware: dict[str, bool], gpus: tuple[str, ...], compiler: str | N
             "torch.compile generates C++ for the CPU and needs g++ or clang++. Use "
             "apt install g++, xcode-select --install, or conda install cxx-compiler."
         )
-    if not hardware["bf16"]:
-        missing["bf16 units"] = (
-            "this CPU emulates bf16, so it is likely to be slow. AMX, AVX-512 BF16, and recent ARM "
-            "chips compute it in hardware."
-        )
-    if not hardware["fp16"]:
-        missing["fp16 units"] = (
-            "this CPU emulates fp16, so it is likely to be slow. Use bf16 if the hardware has it."
-        )
+    for precision in ("bf16", "fp16"):
+        if not hardware[precision]:
+            missing[f"{precision} units"] = (
+                f"this CPU emulates {precision}, so it is likely to be slow. Some chips with AMX, "
+                "AVX-512, or ARM instructions compute it in hardware."
+            )
     return missing
 
 

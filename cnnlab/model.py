@@ -36,14 +36,9 @@ def conv_block(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential:
 
     (N, inputs, size, size) -> (N, outputs, size, size), or half the size with `pool`.
     """
-    layers = [
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    ]
-    if pool:
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers)
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    pooling = [nn.MaxPool2d(2)] if pool else []
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(), *pooling)
 
 
 class SmallCNN(nn.Sequential):

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -109,8 +109,8 @@ ZERO_ALLOWED = {"warmup_steps", "loader_workers", "seed", "staleness", "latency_
 
 def changes(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
     """The fields that differ: {field name: (value in `a`, value in `b`)}."""
-    pairs = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(Recipe)}
-    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+    old, new = a.to_dict(), b.to_dict()
+    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
 
 
 def format_changes(a: Recipe, b: Recipe) -> str:

@@ -17,6 +17,7 @@ from cnnlab.events import Event, Failed, Finished, Started, from_dict, to_dict
 from cnnlab.recipe import CnnlabError, Recipe
 
 FORMAT = 2
+WRITE_FIX = "Free some space, or choose a folder that you can write to."
 RECORDED = Path(__file__).parent.parent / "notebooks" / "recorded"
 
 
@@ -118,11 +119,7 @@ def check_writable(path: str | Path) -> None:
         part.unlink()
 
 
-def cannot_write(
-    path: str | Path,
-    error: BaseException,
-    fix: str = "Free some space, or choose a folder that you can write to.",
-) -> CnnlabError:
+def cannot_write(path: str | Path, error: BaseException, fix: str = WRITE_FIX) -> CnnlabError:
     """The error to raise after writing `path` failed with `error`."""
     reason = getattr(error, "strerror", None) or error
     return CnnlabError(f"cannot write {path}: {reason}. {fix}")

@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 import zlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from cnnlab.data.photos import (
-    CACHE_FIX,
-    PHOTO_CLASSES,
-    PhotoDataset,
-    cache_folder,
-    photo_datasets,
-    photo_folder,
-)
+from cnnlab.data import photos
 from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.record import cannot_write
 
@@ -77,9 +72,8 @@ def load(recipe: Recipe) -> "ImageSplits":
     steps = num_steps(recipe, images)
     if steps <= recipe.warmup_steps:
         raise CnnlabError(
-            f"epochs={recipe.epochs} of batch_size={recipe.batch_size} make {steps} steps, which "
-            f"leaves no step to time after warmup_steps={recipe.warmup_steps}. Raise epochs or "
-            "lower warmup_steps."
+            f"epochs={recipe.epochs} of batch_size={recipe.batch_size} make {steps} steps, none to "
+            f"time after warmup_steps={recipe.warmup_steps}. Raise epochs or lower warmup_steps."
         )
     return images
 
@@ -96,42 +90,29 @@ def digits() -> "ImageSplits":
 
     pixels, targets = load_digits(return_X_y=True)
     small = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    images = torch.nn.functional.interpolate(
-        small, size=(32, 32), mode="bilinear", align_corners=False
-    )
+    images = F.interpolate(small, size=(32, 32), mode="bilinear")
     labels = torch.tensor(targets)
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=360, random_state=0, stratify=labels
-    )
+    numbers = np.arange(len(targets))
+    train, test = train_test_split(numbers, test_size=360, random_state=0, stratify=targets)
     return _normalize(images[train], labels[train], images[test], labels[test], DIGIT_CLASSES)
 
 
 def fashion_mnist() -> "ImageSplits":
     """60,000 + 10,000 pieces of clothing (Zalando, 2017), padded from 28x28 to 1x32x32."""
-    arrays = [_read_idx(name) for name in FILES["fashion-mnist"]]
-    train, train_labels, test, test_labels = arrays
+    names = FILES["fashion-mnist"]
+    train, train_labels, test, test_labels = [_read("fashion-mnist", n, _parse_idx) for n in names]
     pad = torch.nn.ConstantPad2d(2, 0)
-    train = pad(train[:, None]).float()
-    test = pad(test[:, None]).float()
-    return _normalize(train, train_labels.long(), test, test_labels.long(), FASHION_CLASSES)
+    return _normalize(
+        pad(train[:, None]), train_labels, pad(test[:, None]), test_labels, FASHION_CLASSES
+    )
 
 
 def cifar10() -> "ImageSplits":
     """50,000 + 10,000 color photographs of 3x32x32 (Krizhevsky, 2009), from the binary version."""
-    path = fetch("cifar10", "cifar-10-binary.tar.gz")
-    rows = {}
-    try:
-        with tarfile.open(path, "r:gz") as archive:
-            for member in archive:
-                file = archive.extractfile(member)
-                if file is not None and member.name.endswith(".bin"):
-                    raw = np.frombuffer(file.read(), np.uint8)
-                    rows[Path(member.name).name] = raw.reshape(-1, 1 + 3 * 32 * 32)
-        train = np.concatenate([rows[f"data_batch_{number}.bin"] for number in range(1, 6)])
-        test = rows["test_batch.bin"]
-    except READ_ERRORS as error:
-        raise _damaged_file(path, error) from None
-    return _normalize(*_split_cifar_rows(train), *_split_cifar_rows(test), CIFAR_CLASSES)
+    train, test = _read("cifar10", "cifar-10-binary.tar.gz", _parse_cifar)
+    images = train[:, 1:].reshape(-1, 3, 32, 32)
+    test_images = test[:, 1:].reshape(-1, 3, 32, 32)
+    return _normalize(images, train[:, 0], test_images, test[:, 0], CIFAR_CLASSES)
 
 
 def synthetic(images: int, size: int, classes: int, seed: int = 0) -> "ImageSplits":
@@ -147,19 +128,12 @@ def synthetic(images: int, size: int, classes: int, seed: int = 0) -> "ImageSpli
     return ImageSplits(train=train, test=test, classes=tuple(map(str, range(classes))))
 
 
-def photos(images: int, size: int, augment: bool = False) -> "ImageSplits":
-    """JPEG files of 256x256 pixels in two classes. Training images are decoded on each access."""
-    train, test = photo_datasets(images, size, augment)
-    decoded = TensorDataset(*default_collate([test[number] for number in range(len(test))]))
-    return ImageSplits(train=train, test=decoded, classes=PHOTO_CLASSES)
-
-
 def download(recipe: Recipe) -> None:
     """Download or create all files that the recipe reads. Raises `CnnlabError` on failure."""
     for name in FILES.get(recipe.data, {}):
         fetch(recipe.data, name)
     if recipe.data == "photos":
-        photo_folder(recipe.images)
+        photos.photo_folder(recipe.images)
 
 
 def fetch(data: str, name: str) -> Path:
@@ -170,41 +144,37 @@ def fetch(data: str, name: str) -> Path:
     """
     from filelock import FileLock
 
-    path = cache_folder() / data / name
+    path = photos.cache_folder() / data / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may be downloading the file. A cached file may be in a read-only folder.
         lock = FileLock(path.parent.parent / f".{name}.lock")
         with nullcontext() if path.exists() else lock:
-            return _fetch_from_mirrors(data, path)
+            _fetch_from_mirrors(data, path)
     except OSError as error:
-        raise cannot_write(path.parent, error, CACHE_FIX) from None
+        raise cannot_write(path.parent, error, photos.CACHE_FIX) from None
+    return path
 
 
-def _fetch_from_mirrors(data: str, path: Path) -> Path:
+def _fetch_from_mirrors(data: str, path: Path) -> None:
     import pooch
     import requests
 
     name = path.name
-    own_mirror = os.environ.get("CNNLAB_MIRROR")
-    mirrors = (own_mirror, *MIRRORS[data]) if own_mirror else MIRRORS[data]
     failures = []
-    for mirror in mirrors:
+    for mirror in filter(None, (os.environ.get("CNNLAB_MIRROR"), *MIRRORS[data])):
         url = f"{mirror.rstrip('/')}/{name}"
-        downloader = pooch.HTTPDownloader(progressbar=True)
-        if Path(url).is_file():
-            downloader = _copy_file
+        downloader = _copy_file if Path(url).is_file() else pooch.HTTPDownloader(progressbar=True)
         try:
             pooch.retrieve(url, FILES[data][name], name, path.parent, downloader=downloader)
-            return path
+            return
         except requests.RequestException as error:  # first: some are also a ValueError
             failures.append(f"{url}: {type(error).__name__}")
         except ValueError:  # raised by pooch
             failures.append(f"{url}: wrong checksum, so this is not the published file")
     raise CnnlabError(
-        f"data={data!r} cannot be downloaded ({'; '.join(failures)}). Go online and try again, set "
-        f"CNNLAB_MIRROR to a folder or server that has {name}, or use data='digits', which is "
-        "embedded."
+        f"data={data!r} cannot be downloaded ({'; '.join(failures)}). Go online, set CNNLAB_MIRROR "
+        f"to a folder or server that has {name}, or use data='digits', which is embedded."
     )
 
 
@@ -217,49 +187,57 @@ def _load_splits(recipe: Recipe) -> "ImageSplits":
     if recipe.data == "synthetic":
         return synthetic(recipe.images, recipe.image_size, recipe.classes, recipe.seed)
     if recipe.data == "photos":
-        return photos(recipe.images, recipe.image_size, augment=recipe.augment == "crop")
+        crop = recipe.augment == "crop"
+        train, test = photos.photo_datasets(recipe.images, recipe.image_size, crop)
+        decoded = TensorDataset(*default_collate([test[number] for number in range(len(test))]))
+        return ImageSplits(train=train, test=decoded, classes=photos.PHOTO_CLASSES)
     loaders = {"digits": digits, "fashion-mnist": fashion_mnist, "cifar10": cifar10}
     return loaders[recipe.data]()
 
 
-def _read_idx(name: str) -> Tensor:
-    path = fetch("fashion-mnist", name)
+def _read(data: str, name: str, parse: Callable) -> Any:
+    path = fetch(data, name)
     try:
-        with gzip.open(path) as file:
-            return torch.from_numpy(_parse_idx(file.read()).copy())
+        return parse(path)
     except READ_ERRORS as error:
-        raise _damaged_file(path, error) from None
+        raise CnnlabError(
+            f"the data file {path} cannot be read ({error}). Delete it to download it again."
+        ) from None
 
 
-def _parse_idx(raw: bytes) -> np.ndarray:
+def _parse_idx(path: Path) -> Tensor:
     """The array in an IDX file: 0, 0, type 8, number of dimensions, big-endian sizes, values."""
+    raw = gzip.decompress(path.read_bytes())
     if raw[:3] != b"\x00\x00\x08":
         raise ValueError("not an IDX file of bytes")
     dimensions = raw[3]
     sizes = np.frombuffer(raw, ">u4", count=dimensions, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(sizes)
+    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions)
+    return torch.tensor(values.reshape(sizes))
 
 
-def _split_cifar_rows(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """(images, labels) of rows with one label and 3 x 32 x 32 pixels each."""
-    images = torch.tensor(rows[:, 1:].reshape(-1, 3, 32, 32)).float()
-    return images, torch.tensor(rows[:, 0]).long()
+def _parse_cifar(path: Path) -> tuple[Tensor, Tensor]:
+    """(training rows, test rows) of one label and 3 x 32 x 32 pixels each."""
+    rows = {}
+    with tarfile.open(path, "r:gz") as archive:
+        for member in archive:
+            file = archive.extractfile(member)
+            if file is not None and member.name.endswith(".bin"):
+                raw = np.frombuffer(file.read(), np.uint8)
+                rows[Path(member.name).name] = torch.tensor(raw.reshape(-1, 1 + 3 * 32 * 32))
+    train = torch.cat([rows[f"data_batch_{number}.bin"] for number in range(1, 6)])
+    return train, rows["test_batch.bin"]
 
 
 def _normalize(train, train_labels, test, test_labels, classes):
     """Normalize both splits with the per-channel mean and deviation of the training images."""
+    train, test = train.float(), test.float()
     mean = train.mean((0, 2, 3), keepdim=True)
     std = train.std((0, 2, 3), keepdim=True)
     return ImageSplits(
-        train=TensorDataset((train - mean) / std, train_labels),
-        test=TensorDataset((test - mean) / std, test_labels),
+        train=TensorDataset((train - mean) / std, train_labels.long()),
+        test=TensorDataset((test - mean) / std, test_labels.long()),
         classes=classes,
-    )
-
-
-def _damaged_file(path: Path, error: BaseException) -> CnnlabError:
-    return CnnlabError(
-        f"the data file {path} cannot be read ({error}). Delete it to download it again."
     )
 
 
@@ -271,7 +249,7 @@ class ImageSplits:
     memory, except the training photographs, which stay files.
     """
 
-    train: TensorDataset | PhotoDataset
+    train: TensorDataset | photos.PhotoDataset
     test: TensorDataset
     classes: tuple[str, ...]
 

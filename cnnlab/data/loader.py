@@ -12,13 +12,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 from cnnlab.data.photos import PhotoDataset
 from cnnlab.recipe import Recipe
 
+Images = TensorDataset | PhotoDataset
+
 
 def train_loader(
-    recipe: Recipe,
-    dataset: TensorDataset | PhotoDataset,
-    rank: int = 0,
-    world: int = 1,
-    **limits: Any,
+    recipe: Recipe, dataset: Images, rank: int = 0, world: int = 1, **limits: Any
 ) -> DataLoader:
     """Training batches (images, labels), shuffled as by `DataLoader(shuffle=True)` with the seed.
 
@@ -58,7 +56,7 @@ class RankBatchSampler:
     exactly the batches of one process. The last, incomplete batch of an epoch is dropped.
     """
 
-    dataset: TensorDataset | PhotoDataset
+    dataset: Images
     batch_size: int
     generator: torch.Generator
     rank: int = 0
@@ -99,9 +97,6 @@ class _BatchIndexed(Dataset):
 
     def __init__(self, dataset: TensorDataset) -> None:
         self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, indices: list[int]) -> Any:
         return self.dataset[torch.as_tensor(indices)]

@@ -1,10 +1,9 @@
 """Photographs as files: a folder of JPEGs that is created once, and the data set that reads it."""
 
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -45,18 +44,15 @@ def photo_folder(images: int, size: int = 256) -> Path:
     folder = cache / f"photos-{images}-{size}"
     if folder.exists():
         return folder
-    part = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=folder.name + "-", dir=cache))
-        _write_photos(part, images, size)
-        part.rename(folder)
+        # Renamed when complete; removed if that fails.
+        with TemporaryDirectory(prefix=f"{folder.name}-", dir=cache) as part:
+            _write_photos(Path(part), images, size)
+            Path(part).rename(folder)
     except OSError as error:
         if not folder.exists():  # otherwise another process was faster
             raise cannot_write(cache, error, CACHE_FIX) from None
-    finally:
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
@@ -90,9 +86,8 @@ def _write_photos(folder: Path, images: int, size: int) -> None:
         label = number % 2
         source = sources[label]
         border = int(0.75 * source.width)
-        left, right = 0, border
-        if number % TEST_EVERY == 0:
-            left, right = border, source.width
+        held_out = number % TEST_EVERY == 0
+        left, right = (border, source.width) if held_out else (0, border)
         side = int(random.integers(96, min(right - left, source.height) + 1))
         x = random.integers(left, right - side + 1)
         y = random.integers(0, source.height - side + 1)
