@@ -77,13 +77,16 @@ def versions() -> dict[str, str]:
     """Versions of the software that determines the speed."""
     import torch
 
-    # Unlike its metadata, torch.__version__ names the build, such as +cu128.
-    found = {"python": platform.python_version(), "torch": torch.__version__}
     try:
-        found["cnnlab"] = version("cnnlab")
+        own = version("cnnlab")
     except PackageNotFoundError:
-        found["cnnlab"] = "not installed"
-    return {**found, "numpy": version("numpy")}
+        own = "not installed"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # names the build, such as +cu128, unlike its metadata
+        "cnnlab": own,
+        "numpy": version("numpy"),
+    }
 
 
 def missing_for(recipe: Recipe) -> list[str]:
