@@ -1,7 +1,5 @@
 """Which rank failed, why, and where: the root cause among the failures of all ranks."""
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import signal
@@ -17,32 +15,33 @@ import psutil
 Kind = Literal[
     "hello", "event", "print", "done", "rejected", "error", "stopped", "killed", "late", "agent"
 ]
-# Texts in the tracebacks of ranks that failed only because another rank had failed.
-PEER_ERRORS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "C10d store")
 # The kinds of messages that report a failure, the most informative first.
 FAILURE_KINDS = ("error", "stopped", "killed", "late", "agent")
+# Texts in the tracebacks of ranks that failed only because another rank had failed.
+PEER_ERRORS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "C10d store")
 # In a stack dump, the frame of the worker that called the user's function.
 WORKER_FRAME = os.path.join("launch", "worker.py") + '", line'
 
 
-def killed(rank: int) -> Message:
-    """The failure of a rank whose connection ended without a last message."""
-    explanation = (
-        f"rank {rank} ended without reporting an error: it was killed, ran out of memory, "
-        "or crashed in native code.\n"
-    )
-    return Message(rank, "killed", error="the process was killed", traceback=explanation)
+@dataclass(frozen=True)
+class Message:
+    """What a rank reports, or what the notebook notices about it."""
+
+    rank: int
+    kind: Kind
+    content: Any = None  # the process id of "hello", the event, the printed line, or the reason
+    error: str = ""  # of a failure: one line
+    traceback: str = ""  # of a failure: its full text, or where the rank is
 
 
-def find_stopped(pids: dict[int, int]) -> Message | None:
-    """The failure of a stopped rank (SIGSTOP), or None. `pids`: {rank: process id}."""
-    for rank, pid in pids.items():
-        with suppress(psutil.Error):  # The process is gone, which its reader reports.
-            if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
-                explanation = f"rank {rank} does not run: its process {pid} has been stopped.\n"
-                error = "the process was stopped (SIGSTOP)"
-                return Message(rank, "stopped", error=error, traceback=explanation)
-    return None
+class RankError(RuntimeError):
+    """A rank failed: `rank` says which, `error` why in one line, `traceback` is the full text."""
+
+    def __init__(self, rank: int, error: str, traceback: str) -> None:
+        super().__init__(f"rank {rank} failed: {error}\n\n{traceback}")
+        self.rank = rank
+        self.error = error
+        self.traceback = traceback
 
 
 def root_cause(failures: list[Message]) -> Message:
@@ -64,6 +63,25 @@ def is_collective_timeout(failure: Message) -> bool:
     return is_peer_error(failure) and "imed out" in failure.traceback
 
 
+def killed(rank: int) -> Message:
+    """The failure of a rank whose connection ended without a last message."""
+    text = (
+        f"rank {rank} ended without an error: killed, out of memory, or crashed in native code.\n"
+    )
+    return Message(rank, "killed", error="the process was killed", traceback=text)
+
+
+def find_stopped(pids: dict[int, int]) -> Message | None:
+    """The failure of a stopped rank (SIGSTOP), or None. `pids`: {rank: process id}."""
+    for rank, pid in pids.items():
+        with suppress(psutil.Error):  # The process is gone, which its reader reports.
+            if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
+                explanation = f"rank {rank} does not run: its process {pid} has been stopped.\n"
+                error = "the process was stopped (SIGSTOP)"
+                return Message(rank, "stopped", error=error, traceback=explanation)
+    return None
+
+
 def enable_stack_dumps(folder: Path, rank: int) -> None:
     """Prepare this process for `locate_hang`: on SIGUSR1 it writes its main thread's stack."""
     if hasattr(signal, "SIGUSR1"):
@@ -71,27 +89,26 @@ def enable_stack_dumps(folder: Path, rank: int) -> None:
         faulthandler.register(signal.SIGUSR1, file, all_threads=False)
 
 
-def locate_hang(failure: Message, ranks: set[int], pids: dict[int, int], folder: Path) -> Message:
+def locate_hang(failure: Message, pids: dict[int, int], folder: Path) -> Message:
     """`failure` with the rank that the others wait for, and its stack as the traceback.
 
-    `ranks`: those that have not finished. If all of them wait, the failure keeps its rank.
+    `pids`: those of the ranks that have not finished. If all of them wait, the failure keeps its
+    rank.
     """
     # Without this file, the rank has not installed the handler yet, and the signal would kill it.
-    files = {rank: _stack_file(folder, rank) for rank in sorted(ranks)}
-    files = {rank: file for rank, file in files.items() if file.exists()}
-    for rank in files:
+    ready = [rank for rank in sorted(pids) if _stack_file(folder, rank).exists()]
+    for rank in ready:
         with suppress(OSError):  # The process has just ended.
             os.kill(pids[rank], signal.SIGUSR1)
     time.sleep(0.3)
-    stacks = {rank: file.read_text() for rank, file in files.items()}
+    stacks = {rank: _stack_file(folder, rank).read_text() for rank in ready}
     busy = [rank for rank, stack in stacks.items() if not _is_waiting(stack)]
     rank = busy[0] if busy else failure.rank
     lines = stacks.get(rank, "").splitlines()
     frames = list(takewhile(lambda line: WORKER_FRAME not in line, lines))
+    where = f"rank {rank} was still starting, or already ending."
     if frames:
         where = "\n".join([f"rank {rank} is here:", *frames])
-    else:
-        where = f"rank {rank} was still starting, or already ending."
     return replace(failure, rank=rank, traceback=where + "\n")
 
 
@@ -102,24 +119,3 @@ def _is_waiting(stack: str) -> bool:
 
 def _stack_file(folder: Path, rank: int) -> Path:
     return folder / f"stack-{rank}"
-
-
-class RankError(RuntimeError):
-    """A rank failed: `rank` says which, `error` why in one line, `traceback` is the full text."""
-
-    def __init__(self, rank: int, error: str, traceback: str) -> None:
-        super().__init__(f"rank {rank} failed: {error}\n\n{traceback}")
-        self.rank = rank
-        self.error = error
-        self.traceback = traceback
-
-
-@dataclass(frozen=True)
-class Message:
-    """What a rank reports, or what the notebook notices about it."""
-
-    rank: int
-    kind: Kind
-    content: Any = None  # the process id of "hello", the event, the printed line, or the reason
-    error: str = ""  # of a failure: one line
-    traceback: str = ""  # of a failure: its full text, or where the rank is

@@ -7,7 +7,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -19,7 +19,7 @@ from cnnlab.data import datasets
 from cnnlab.events import Event, Failed, Restarted
 from cnnlab.launch import failures, processes, worker
 from cnnlab.launch.failures import Message, RankError
-from cnnlab.launch.processes import AGENT_THREAD, prewarm
+from cnnlab.launch.processes import AGENT_THREAD, Env, prewarm
 from cnnlab.launch.worker import train_rank
 from cnnlab.recipe import CnnlabError, Recipe
 
@@ -27,7 +27,6 @@ STOPPED_CHECK_S = 1.0  # between two checks whether a rank was stopped (SIGSTOP)
 
 Say = Callable[[str], Any]
 Stop = threading.Event | None
-Env = Mapping[str, str] | None
 
 
 def run(
@@ -60,11 +59,9 @@ def run(
         backend = worker.select_backend(recipe, recipe.replicas)
     for attempt in range(1, max_restarts + 2):
         failed = None
-        rank_env = {**(env or {}), "TORCHELASTIC_RESTART_COUNT": str(attempt - 1)}  # As torchrun.
-        events = stream(
-            train_rank, (recipe, checkpoints), recipe.replicas, stop, rank_env, backend, say
-        )
-        with closing(events):
+        args = (recipe, checkpoints)
+        env = {**(env or {}), "TORCHELASTIC_RESTART_COUNT": str(attempt - 1)}  # As torchrun.
+        with closing(stream(train_rank, args, recipe.replicas, stop, env, backend, say)) as events:
             for event in events:
                 if isinstance(event, Failed) and attempt <= max_restarts:
                     failed = event
@@ -93,9 +90,7 @@ def ranks(
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise CnnlabError(f"n={n!r} is not allowed. Use a number of ranks: an integer >= 1.")
     if not callable(function):
-        raise CnnlabError(
-            f"function={function!r} cannot be called. Pass the function itself, its arguments last."
-        )
+        raise CnnlabError(f"function={function!r} cannot be called. Pass the function itself.")
     values = {}
     for event in stream(worker.call_once, (function, args), n, env=env, say=say, timeout=timeout):
         if not isinstance(event, Failed):  # A RankError follows a Failed.
@@ -133,12 +128,10 @@ class RankProcesses:
         self, function: Callable, args: tuple, world: int, backend: str | None, env: Env, say: Say
     ) -> None:
         prewarm()
-        self.world = world
         self.say = say
         self.inbox: queue.Queue[Message] = queue.Queue()
         self.pids: dict[int, int] = {}  # Filled by the readers, also while nobody asks for events.
         self.unfinished = set(range(world))  # Ranks that are neither done nor failed.
-        self.next_stopped_check = math.inf
         self.close_lock = threading.Lock()
         self.cancelled = threading.Event()  # Ranks that connect from now on get no job.
         self.closed = threading.Event()  # Ranks that are done wait for it: see worker.main.
@@ -151,7 +144,10 @@ class RankProcesses:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
         self.readers = [threading.Thread(target=self._read, daemon=True) for _ in range(world)]
-        self.agent = threading.Thread(target=self._supervise, name=AGENT_THREAD, daemon=True)
+        agent_args = (world, self.listener.address, self.folder, self.inbox.put)
+        self.agent = threading.Thread(
+            target=processes.run_agent, args=agent_args, name=AGENT_THREAD, daemon=True
+        )
 
     def __enter__(self) -> "RankProcesses":
         atexit.register(self._close)  # For programs that exit during a run.
@@ -180,11 +176,9 @@ class RankProcesses:
                 killed = processes.process_tree(list(self.pids.values()))
                 processes.kill_groups(list(self.pids.values()))
             self.closed.set()
-            for _ in self.readers:  # Wake the readers that no rank has connected to.
-                try:
+            with suppress(OSError):
+                for _ in self.readers:  # Wake the readers that no rank has connected to.
                     Client(self.listener.address).close()
-                except OSError:
-                    break
             self.listener.close()  # A rank that is still starting finds no socket, and ends.
             if self.agent.ident:  # It has been started.
                 self.agent.join(10)
@@ -196,7 +190,7 @@ class RankProcesses:
     def events(self, stop: Stop = None, timeout: float | None = None) -> Iterator[Any]:
         """Yield what the ranks yield until all are done, one fails, or `stop` is set."""
         deadline = time.monotonic() + (timeout or math.inf)
-        self.next_stopped_check = time.monotonic() + STOPPED_CHECK_S
+        next_check = time.monotonic() + STOPPED_CHECK_S
         while self.unfinished:
             if stop is not None and stop.is_set():
                 return
@@ -205,38 +199,32 @@ class RankProcesses:
                 if time.monotonic() > deadline:
                     error = f"it did not finish within {timeout:g} s"
                     message = Message(min(self.unfinished), "late", error=error)
-                else:
-                    message = self._check_stopped() or message
+                elif time.monotonic() > next_check:
+                    next_check = time.monotonic() + STOPPED_CHECK_S
+                    message = failures.find_stopped(self._unfinished_pids()) or message
             if message is None:
                 continue
-            if message.kind == "event":
-                yield message.content
-            elif message.kind == "print":
-                self._print(message)
-            elif message.kind == "done":
-                self.unfinished.discard(message.rank)
-            elif message.kind == "rejected":
-                raise CnnlabError(message.content)
-            else:
-                cause = self._root_cause(message)
-                yield Failed(rank=cause.rank, error=cause.error, traceback=cause.traceback)
-                raise RankError(cause.rank, cause.error, cause.traceback)
+            match message.kind:
+                case "event":
+                    yield message.content
+                case "print":
+                    self.say(message.content)
+                case "done":
+                    self.unfinished.discard(message.rank)
+                case "rejected":
+                    raise CnnlabError(message.content)
+                case _:
+                    cause = self._root_cause(message)
+                    yield Failed(rank=cause.rank, error=cause.error, traceback=cause.traceback)
+                    raise RankError(cause.rank, cause.error, cause.traceback)
 
     def _receive(self, timeout: float) -> Message | None:
         with suppress(queue.Empty):
             return self.inbox.get(timeout=timeout)
         return None
 
-    def _print(self, message: Message) -> None:
-        self.say(f"[rank {message.rank}] {message.content}")
-
-    def _check_stopped(self) -> Message | None:
-        """The failure of a stopped rank, if it is time to check."""
-        if time.monotonic() < self.next_stopped_check:
-            return None
-        self.next_stopped_check = time.monotonic() + STOPPED_CHECK_S
-        pids = {rank: pid for rank, pid in list(self.pids.items()) if rank in self.unfinished}
-        return failures.find_stopped(pids)
+    def _unfinished_pids(self) -> dict[int, int]:
+        return {rank: pid for rank, pid in list(self.pids.items()) if rank in self.unfinished}
 
     def _root_cause(self, first: Message) -> Message:
         """The failure that came before all others; `first` is the one that was received first."""
@@ -247,7 +235,7 @@ class RankProcesses:
                 messages.append(message)
         for message in messages:
             if message.kind == "print":
-                self._print(message)
+                self.say(message.content)
             elif message.kind in ("done", "error"):
                 self.unfinished.discard(message.rank)
         reports = [message for message in messages if message.kind in failures.FAILURE_KINDS]
@@ -256,32 +244,23 @@ class RankProcesses:
             error = f"it did not reach a collective within {worker.COLLECTIVE_TIMEOUT_S} s"
             cause = Message(min(self.unfinished), "late", error=error)
         if cause.kind == "late":
-            return failures.locate_hang(cause, self.unfinished, self.pids, self.folder)
+            return failures.locate_hang(cause, self._unfinished_pids(), self.folder)
         return cause
 
     def _read(self) -> None:
         """Put the messages of one rank into the inbox, up to the last; note its process id."""
         with suppress(EOFError, OSError), self.listener.accept() as connection:
             # These errors: the listener was closed, or `_close` woke this thread.
-            hello = connection.recv()
-            rank = hello.rank
-            self.pids[rank] = hello.content
+            message = connection.recv()  # "hello"
+            self.pids[message.rank] = message.content
             if self.cancelled.is_set():  # Checked after noting the pid, so that no rank escapes.
                 return
             connection.send_bytes(self.job)
-            kind = None
             try:
-                while kind not in ("done", "error", "rejected"):
+                while message.kind not in ("done", "error", "rejected"):
                     message = connection.recv()
                     self.inbox.put(message)
-                    kind = message.kind
             except (EOFError, OSError):
-                self.inbox.put(failures.killed(rank))
+                self.inbox.put(failures.killed(message.rank))
             self.closed.wait()  # The process stays until `_root_cause` has looked at it.
             connection.send("bye")
-
-    def _supervise(self) -> None:
-        """Start the processes, and wait until they have ended."""
-        failure = processes.run_agent(self.world, self.listener.address, self.folder)
-        if failure is not None:
-            self.inbox.put(failure)

@@ -20,7 +20,10 @@ import psutil
 from cnnlab.launch import worker
 from cnnlab.launch.failures import Message
 
+Env = Mapping[str, str] | None
+
 AGENT_THREAD = "cnnlab-agent"
+START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 # Libraries of the ranks read these when they are loaded. The user's own values take precedence.
 RANK_ENVIRONMENT = {
     # Idle threads of GNU OpenMP soon sleep: spinning, they block cores that other ranks need.
@@ -43,7 +46,7 @@ PRELOAD = [
 
 def prewarm() -> None:
     """Start the fork server, which imports torch once, so that the next run starts within 0.1 s."""
-    if start_method() != "forkserver":
+    if START_METHOD != "forkserver":
         return
     from multiprocessing import forkserver
 
@@ -57,12 +60,8 @@ def prewarm() -> None:
             os.environ.pop(name, None)  # Another thread may have removed it already.
 
 
-def start_method() -> str:
-    return "forkserver" if sys.platform == "linux" else "spawn"
-
-
-def run_agent(world: int, address: Any, folder: Path) -> Message | None:
-    """Run `worker.main(address)` in `world` processes; return a failure if the agent reports one.
+def run_agent(world: int, address: Any, folder: Path, report: Callable[[Message], None]) -> None:
+    """Run `worker.main(address)` in `world` processes until they end, and report if one fails.
 
     Must be called in a thread named `AGENT_THREAD`. The agent is the engine of torchrun.
     """
@@ -83,19 +82,67 @@ def run_agent(world: int, address: Any, folder: Path) -> Message | None:
         monitor_interval=0.02,
     )
     logs = DefaultLogsSpecs(log_dir=str(folder))
+    timeouts: dict[str, Any] = {"shutdown_timeout": 2, "exit_barrier_timeout": 2}
     rank = 0
     try:
-        agent = LocalElasticAgent(
-            spec, logs, start_method(), shutdown_timeout=2, exit_barrier_timeout=2
-        )
-        result = agent.run()
+        result = LocalElasticAgent(spec, logs, START_METHOD, **timeouts).run()
         if not result.is_failed():
-            return None
+            return
         rank = min(result.failures, default=0)
-        report = "\n".join(failure.message for failure in result.failures.values())
+        text = "\n".join(failure.message for failure in result.failures.values())
     except Exception:
-        report = traceback.format_exc()
-    return Message(rank, "agent", error="the process did not start", traceback=report)
+        text = traceback.format_exc()
+    report(Message(rank, "agent", error="the process did not start", traceback=text))
+
+
+def pack_job(function: Callable, args: tuple, backend: str | None, env: Env, folder: Path) -> bytes:
+    """The pickled `worker.Job` for all ranks of a run."""
+    data_env = {name: os.environ[name] for name in DATA_VARIABLES if name in os.environ}
+    job = worker.Job(
+        call=cloudpickle.dumps((function, args)),
+        env={**data_env, **(env or {})},
+        cells=_notebook_cells(),
+        backend=backend,
+        folder=str(folder),
+        timeout=worker.COLLECTIVE_TIMEOUT_S,
+    )
+    return cloudpickle.dumps(job)
+
+
+def kill_groups(pids: Iterable[int]) -> None:
+    """Kill the ranks with these process ids and their loader workers."""
+    for pid in pids:
+        with suppress(OSError):  # Already gone.
+            if hasattr(os, "killpg"):
+                os.killpg(pid, signal.SIGKILL)
+            else:
+                os.kill(pid, signal.SIGTERM)
+
+
+def process_tree(pids: Iterable[int]) -> set[int]:
+    """The process ids of the ranks and of all processes in their groups (loader workers)."""
+    leaders = set(pids)
+    found = set(leaders)
+    if hasattr(os, "getpgid"):
+        for process in psutil.Process().children(recursive=True):
+            with suppress(OSError):  # Already gone.
+                if os.getpgid(process.pid) in leaders:
+                    found.add(process.pid)
+    return found
+
+
+def unlink_shared_memory(pids: Iterable[int]) -> None:
+    """Remove shared memory of processes that were killed before torch unlinked it."""
+    owners = {str(pid) for pid in pids}
+    for block in Path("/dev/shm").glob("torch_*"):  # torch_<process id>_<random>_<number>, on Linux
+        if block.name.split("_")[1] in owners:
+            block.unlink(missing_ok=True)
+
+
+def make_socket_folder() -> Path:
+    """Make a private folder with a short path: a socket's path may have at most 104 bytes."""
+    is_long = len(tempfile.gettempdir()) >= 64 and os.name != "nt"
+    return Path(tempfile.mkdtemp(prefix="cnnlab-", dir="/tmp" if is_long else None))
 
 
 def _local_rendezvous():
@@ -132,26 +179,6 @@ def _skip_main_import() -> None:
         multiprocessing.spawn.get_preparation_data = get_preparation_data
 
 
-def pack_job(
-    function: Callable,
-    args: tuple,
-    backend: str | None,
-    env: Mapping[str, str] | None,
-    folder: Path,
-) -> bytes:
-    """The pickled `worker.Job` for all ranks of a run."""
-    data_env = {name: os.environ[name] for name in DATA_VARIABLES if name in os.environ}
-    job = worker.Job(
-        call=cloudpickle.dumps((function, args)),
-        env={**data_env, **(env or {})},
-        cells=_notebook_cells(),
-        backend=backend,
-        folder=str(folder),
-        timeout=worker.COLLECTIVE_TIMEOUT_S,
-    )
-    return cloudpickle.dumps(job)
-
-
 def _notebook_cells() -> dict[str, tuple]:
     """Linecache entries of sources without a file, so that ranks show them in tracebacks."""
     cells = {}
@@ -160,42 +187,3 @@ def _notebook_cells() -> dict[str, tuple]:
             size, _, lines, full_name = entry
             cells[name] = (size, None, lines, full_name)  # No time, so that it never expires.
     return cells
-
-
-def kill_groups(pids: Iterable[int]) -> None:
-    """Kill the ranks with these process ids and their loader workers."""
-    for pid in pids:
-        with suppress(OSError):  # Already gone.
-            if hasattr(os, "killpg"):
-                os.killpg(pid, signal.SIGKILL)
-            else:
-                os.kill(pid, signal.SIGTERM)
-
-
-def process_tree(pids: Iterable[int]) -> set[int]:
-    """The process ids of the ranks and of all processes in their groups (loader workers)."""
-    leaders = set(pids)
-    found = set(leaders)
-    if hasattr(os, "getpgid"):
-        for process in psutil.Process().children(recursive=True):
-            with suppress(OSError):  # Already gone.
-                if os.getpgid(process.pid) in leaders:
-                    found.add(process.pid)
-    return found
-
-
-def unlink_shared_memory(pids: Iterable[int]) -> None:
-    """Remove shared memory of processes that were killed before torch unlinked it."""
-    owners = {str(pid) for pid in pids}
-    for block in Path("/dev/shm").glob("torch_*"):  # torch_<process id>_<random>_<number>, on Linux
-        if block.name.split("_")[1] in owners:
-            block.unlink(missing_ok=True)
-
-
-def make_socket_folder() -> Path:
-    """Make a private folder with a short path: a socket's path may have at most 104 bytes."""
-    folder = tempfile.mkdtemp(prefix="cnnlab-")
-    if len(folder) >= 80 and os.name != "nt":
-        os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="cnnlab-", dir="/tmp")
-    return Path(folder)

@@ -1,7 +1,6 @@
 """What runs in a rank: take the job from the notebook, do it, and report how it ended."""
 
 import linecache
-import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
@@ -101,10 +100,7 @@ def train_under_torchrun(recipe: Recipe, checkpoints: str | None = None) -> Iter
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if recipe.strategy == "async" and local_world != world:
-        raise CnnlabError(
-            "strategy='async' runs on one machine only, because its ranks share memory. "
-            "Use strategy='ddp' or 'local-sgd' on several machines."
-        )
+        raise CnnlabError("strategy='async' runs on one machine only. Use 'ddp' or 'local-sgd'.")
     check_runnable(recipe, checkpoints)
     _configure_process(local_rank, local_world)
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
@@ -123,11 +119,8 @@ def train_under_torchrun(recipe: Recipe, checkpoints: str | None = None) -> Iter
     for event in train_rank(rank, world, recipe, checkpoints):
         events.append(event)
         yield event
-    if rank != 0:
-        dist.gather_object(events)
-        return
-    gathered: list[list[Event]] = [[]] * world
-    dist.gather_object(events, gathered)
+    gathered: list[list[Event]] = [[]] * world  # On rank 0, the events of all ranks.
+    dist.gather_object(events, gathered if rank == 0 else None)
     for others in gathered[1:]:
         yield from others
 
@@ -177,13 +170,9 @@ def _set_up(job: "Job", channel: "Channel", rank: int, world: int) -> None:
     sys.stdout = sys.stderr = StdoutForwarder(channel)
     _configure_process(rank, world)
     if job.backend:
-        join_process_group(
-            job.backend,
-            store=dist.FileStore(str(Path(job.folder) / "store"), world),
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=job.timeout),
-        )
+        store = dist.FileStore(str(Path(job.folder) / "store"), world)
+        timeout = timedelta(seconds=job.timeout)
+        join_process_group(job.backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def _configure_process(local_rank: int, local_world: int) -> None:
@@ -242,10 +231,9 @@ class Channel:
 
     def send(self, kind: Kind, content: Any = None, **failure: str) -> None:
         """Send a `Message`; end the process if the notebook no longer listens."""
-        message = Message(self.rank, kind, content, **failure)
         with self.lock:
             try:
-                self.connection.send(message)
+                self.connection.send(Message(self.rank, kind, content, **failure))
             except OSError:
                 # The notebook stopped the run or is gone; if gone, _watch_parent ends this process.
                 if _parent_has_ended(timeout=0.2):
@@ -254,7 +242,7 @@ class Channel:
 
 
 class StdoutForwarder:
-    """The standard output of a rank: sends complete lines to the notebook."""
+    """The standard output of a rank: sends complete lines to the notebook, each with the rank."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -265,7 +253,7 @@ class StdoutForwarder:
         with self.lock:
             *lines, self.rest = (self.rest + text).split("\n")
             for line in lines:
-                self.channel.send("print", line)
+                self.channel.send("print", f"[rank {self.channel.rank}] {line}")
         return len(text)
 
     def flush(self) -> None:
