@@ -2,31 +2,19 @@
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from cnnlab.events import Finished
-from cnnlab.recipe import CnnlabError, Recipe, changes
+from cnnlab.recipe import CnnlabError, Recipe
 
-TECHNIQUE_FIELDS = (
-    "device",
-    "threads",
-    "loader",
-    "loader_workers",
-    "precision",
-    "memory_format",
-    "pooling",
-    "compiler",
-    "replicas",
-    "strategy",
-    "compression",
-    "bucket_mb",
-    "accumulate",
-    "sync_every",
-    "staleness",
-)
+# Fields of a recipe that may differ in a fair comparison.
+COMPUTING = ("device", "threads", "precision", "memory_format", "pooling", "compiler")
+LOADING = ("loader", "loader_workers")
+SYNCING = ("strategy", "compression", "bucket_mb", "accumulate", "sync_every", "staleness")
+TECHNIQUE_FIELDS = (*COMPUTING, *LOADING, "replicas", *SYNCING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +92,16 @@ def speedup(baseline: Measurement, other: Measurement, paired: bool = True) -> S
     return Speedup(value=value, low=low, high=high, baseline=baseline.name)
 
 
-def _confidence_interval(a: np.ndarray, b: np.ndarray, paired: bool) -> tuple[float, float]:
+def _confidence_interval(a, b, paired):
     """The 95% confidence interval of the mean of b - a."""
     if min(len(a), len(b)) < 2:
         return -np.inf, np.inf
     from scipy import stats
 
     if not paired:
-        interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-        return interval.low, interval.high
+        return stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
     mean, error = (b - a).mean(), stats.sem(b - a)
-    if error == 0:
+    if error == 0:  # as of a measurement compared with itself
         return mean, mean
     return stats.t.interval(0.95, len(a) - 1, mean, error)
 
@@ -127,11 +114,11 @@ def confounders(
     Empty for a fair comparison. `evaluate` may differ, because evaluation is not timed.
     """
     ignored = {*technique, "evaluate"}
-    found: dict[str, list[Any]] = {}
-    for other in recipes[1:]:
-        for name in changes(recipes[0], other):
-            if name not in ignored:
-                found[name] = list(dict.fromkeys(getattr(recipe, name) for recipe in recipes))
+    found = {}
+    for field in fields(Recipe):
+        values = list(dict.fromkeys(getattr(recipe, field.name) for recipe in recipes))
+        if len(values) > 1 and field.name not in ignored:
+            found[field.name] = values
     return found
 
 
@@ -166,9 +153,8 @@ def measure_interleaved(
         for name, recipe in recipes.items():
             evaluate = recipe.evaluate and repeat == 0
             events = run(recipe.replace(evaluate=evaluate), stop, env)
-            finished = [event for event in events if isinstance(event, Finished)]
-            slowest = slowest_rank(finished)
-            if slowest is None or len(finished) < recipe.replicas:  # stopped
+            slowest = slowest_rank(events, recipe.replicas)
+            if slowest is None:  # stopped
                 return
             found[name] = found[name].add(slowest)
             yield dict(found)
@@ -187,10 +173,12 @@ def compare(
     return latest
 
 
-def slowest_rank(events: Iterable[Any]) -> Finished | None:
-    """The `Finished` event of the slowest rank, which sets the pace; None for a stopped run."""
+def slowest_rank(events: Iterable[Any], ranks: int = 1) -> Finished | None:
+    """`Finished` of the slowest rank, which sets the pace; None unless `ranks` ranks finished."""
     finished = [event for event in events if isinstance(event, Finished)]
-    return min(finished, key=lambda event: event.images_per_s, default=None)
+    if len(finished) < ranks:  # stopped
+        return None
+    return min(finished, key=lambda event: event.images_per_s)
 
 
 def speedup_table(measurements: Mapping[str, Measurement], baseline: str | None = None) -> str:

@@ -2,7 +2,6 @@
 
 import statistics
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cnnlab import machine
@@ -21,7 +20,14 @@ PARTS = {
     "launch": "launch overhead",
     "communication": "waiting for other ranks",
 }
-LAST_RESORT = {  # advice once every technique of the table is in use
+SUGGESTIONS = {  # for each part of a step, the techniques that shorten it
+    "loader": ("loader workers", "whole-batch loader"),
+    "arithmetic": ("threads", "GPU", "bf16", "channels_last"),
+    "memory": ("threads", "GPU", "bf16", "channels_last", "pooling before ReLU", "torch.compile"),
+    "launch": ("torch.compile", "larger batch"),
+    "communication": ("larger batch",),
+}
+LAST_RESORT = {  # advice once all of these are in use
     "loader": "less work per image while loading",
     "arithmetic": "more cores, a GPU, or more machines",
     "memory": "fewer passes over the data: fused or cheaper layers",
@@ -124,23 +130,20 @@ def explain(
     Returns an `Explanation`, for two recipes a `Comparison`, and None if `stop` was set meanwhile.
     Each run takes STEPS steps after its warm-up, in fresh processes.
     """
-    recipes = [
-        recipe.replace(steps=recipe.warmup_steps + STEPS, evaluate=False)
-        for recipe in (a, b)
-        if recipe is not None
-    ]
+    recipes = [a] if b is None else [a, b]
+    recipes = [r.replace(steps=r.warmup_steps + STEPS, evaluate=False) for r in recipes]
     runs: list[list[Finished]] = [[] for _ in recipes]
     for _ in range(repeats):
         for recipe, finished in zip(recipes, runs, strict=True):
-            slowest = slowest_rank(launcher.run(recipe, stop))
+            slowest = slowest_rank(launcher.run(recipe, stop), recipe.replicas)
             if slowest is None:
                 return None
             finished.append(slowest)
     found = []
     for recipe, finished in zip(recipes, runs, strict=True):
         arguments = (single_rank_recipe(recipe),)
-        for profile in launcher.stream(profile_rank, arguments, 1, stop, backend=None):
-            found.append(make_explanation(recipe, finished, profile))
+        for seconds, figures in launcher.stream(profile_rank, arguments, 1, stop, backend=None):
+            found.append(_make_explanation(recipe, finished, seconds, figures))
     if len(found) < len(recipes):
         return None
     return found[0] if b is None else Comparison(a=found[0], b=found[1])
@@ -148,44 +151,29 @@ def explain(
 
 def single_rank_recipe(recipe: Recipe) -> Recipe:
     """One rank's share of the recipe's work, without the other ranks."""
-    return recipe.replace(
-        replicas=1,
-        strategy=None,
-        compression="none",
-        bucket_mb=None,
-        batch_size=recipe.batch_size // recipe.replicas,
-        threads=recipe.threads or max(1, machine.cores() // recipe.replicas),
-        latency_ms=0.0,
-        bandwidth_mbit=None,
-        straggler_ms=0.0,
-    )
+    share = recipe.batch_size // recipe.replicas
+    threads = recipe.threads or max(1, machine.cores() // recipe.replicas)
+    return recipe.replace(replicas=1, strategy=None, batch_size=share, threads=threads)
 
 
-def make_explanation(
-    recipe: Recipe, finished: Sequence[Finished], profile: Mapping[str, float]
-) -> Explanation:
-    """The `Explanation` of a recipe from the ends of its runs and from `profile_steps`.
+def _make_explanation(recipe, finished, seconds, figures):
+    """The `Explanation` from the ends of the recipe's runs and the results of `profile_steps`.
 
     The runs give the time of a step and of waiting. The profiler slows a run down, so it only says
     how the computing time divides.
     """
     median = sorted(finished, key=lambda end: end.step_s)[len(finished) // 2]
-    computing = {name: profile[name] for name in ("arithmetic", "memory", "launch")}
-    scale = median.compute_s / sum(computing.values())
+    scale = median.compute_s / sum(seconds.values())
     return Explanation(
         recipe=recipe,
         images_per_s=statistics.median(end.images_per_s for end in finished),
         step_s=median.step_s,
         parts={
             "loader": median.waiting_s,
-            **{name: scale * seconds for name, seconds in computing.items()},
+            **{name: scale * profiled for name, profiled in seconds.items()},
             "communication": median.communication_s or 0.0,
         },
-        flops=int(profile["flops"]),
-        moved=int(profile["moved"]),
-        peak_flops=profile["peak_flops"],
-        peak_copy=profile["peak_copy"],
-        operations=int(profile["operations"]),
+        **figures,
     )
 
 
@@ -195,7 +183,8 @@ def suggest_next(recipe: Recipe, bound: str) -> tuple[str, Changes]:
     There is nothing to change where it takes another machine, model or data.
     """
     here = machine.describe()
-    for technique in TECHNIQUES.values():
-        if bound in technique.bounds and technique.suits(recipe, here):
+    for name in SUGGESTIONS[bound]:
+        technique = TECHNIQUES[name]
+        if technique.suits(recipe, here):
             return technique.why, technique.changes_for(recipe, here)
     return LAST_RESORT[bound], {}

@@ -1,11 +1,11 @@
 """The ladder: techniques tried on top of each other, each kept only if it pays off."""
 
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cnnlab import machine, record
@@ -52,29 +52,24 @@ class Rung:
     def recipe(self) -> Recipe:
         return self.measurement.recipe
 
-    @property
-    def beats_below(self) -> bool:
-        return not self.failed and self.over_below is not None and self.over_below.low > 1
-
     def to_dict(self) -> dict[str, Any]:
         """The rung as JSON-safe values, once it has run."""
-        base, below = self.over_baseline, self.over_below
+        base, below, found = self.over_baseline, self.over_below, self.measurement
         assert base is not None and below is not None
-        q1, median, q3 = self.measurement.quartiles
-        runs = len(self.measurement.images_per_s)
+        q1, median, q3 = found.quartiles
         return {
             "name": self.name,
             "recipe": self.recipe.to_dict(),
-            "images_per_s": {"median": median, "q1": q1, "q3": q3, "n": runs},
+            "images_per_s": {"median": median, "q1": q1, "q3": q3, "n": len(found.images_per_s)},
             "speedup": base.value,
             "speedup_ci": [base.low, base.high],
             "over_below": below.value,
             "over_below_ci": [below.low, below.high],
             "below": below.baseline,
             "kept": self.kept,
-            "compile_s": self.measurement.compile_s,
-            "peak_memory_mib": self.measurement.peak_memory_mib,
-            "accuracy": self.measurement.accuracy,
+            "compile_s": found.compile_s,
+            "peak_memory_mib": found.peak_memory_mib,
+            "accuracy": found.accuracy,
         }
 
 
@@ -132,31 +127,21 @@ def climb(
     The baseline runs once more with each rung, so that its figure covers the whole climb.
     seconds=0 turns the additional runs off.
     """
-    with tempfile.TemporaryDirectory(
-        prefix="cnnlab-compiled-", ignore_cleanup_errors=True
-    ) as cache:
-        # The cache is empty, so that compile times are those of a first compilation.
+    # The cache is empty, so that compile times are those of a first compilation.
+    with TemporaryDirectory(prefix="cnnlab-compiled-", ignore_cleanup_errors=True) as cache:
         options = {"stop": stop, "env": {"TORCHINDUCTOR_CACHE_DIR": cache}}
         yield from _climb(recipe, rungs, repeats, seconds, options)
 
 
-def _climb(
-    recipe: Recipe,
-    rungs: Mapping[str, Changes],
-    repeats: int,
-    seconds: float,
-    options: dict[str, Any],
-) -> Iterator[Rung]:
+def _climb(recipe, rungs, repeats, seconds, options):
     baseline = below = _baseline_rung(recipe)
     yield baseline
-    rejected: set[str] = set()
+    rejected = set()
     runs = repeats
     for name, change in rungs.items():
         candidate = _apply_change(below.recipe, change)
-        is_retry = name.startswith(RETRY_PREFIX)
-        if is_retry and name.removeprefix(RETRY_PREFIX) not in rejected:
-            continue
-        if candidate == below.recipe:
+        needless = name.startswith(RETRY_PREFIX) and name.removeprefix(RETRY_PREFIX) not in rejected
+        if needless or candidate == below.recipe:
             continue
         rung = Rung(name=name, measurement=Measurement(name=name, recipe=candidate))
         start = time.monotonic()
@@ -166,7 +151,8 @@ def _climb(
             yield rung
         if options["stop"] is not None and options["stop"].is_set():
             return
-        rung = replace(rung, kept=rung.beats_below)
+        gain = rung.over_below
+        rung = replace(rung, kept=not rung.failed and gain is not None and gain.low > 1)
         yield rung
         run_s = (time.monotonic() - start) / (2 * runs)
         runs = max(repeats, min(3 * repeats, int(seconds / (2 * run_s))))
@@ -201,11 +187,9 @@ def ladder_result(rungs: Iterable[Rung], impossible: Mapping[str, str]) -> dict[
 
 
 def _baseline_rung(recipe: Recipe) -> Rung:
-    measurement = Measurement(name="baseline", recipe=baseline_recipe(recipe))
+    empty = Measurement(name="baseline", recipe=baseline_recipe(recipe))
     one = Speedup(value=1.0, low=1.0, high=1.0, baseline="baseline")
-    return Rung(
-        name="baseline", measurement=measurement, over_baseline=one, over_below=one, kept=True
-    )
+    return Rung(name="baseline", measurement=empty, over_baseline=one, over_below=one, kept=True)
 
 
 def _apply_change(recipe: Recipe, change: Changes) -> Recipe:
@@ -215,9 +199,7 @@ def _apply_change(recipe: Recipe, change: Changes) -> Recipe:
     return recipe.replace(**{**change, "replicas": replicas})
 
 
-def _try_rung(
-    rung: Rung, below: Rung, baseline: Rung, repeats: int, rerun: bool, options: dict[str, Any]
-) -> Iterator[tuple[Rung, Rung]]:
+def _try_rung(rung, below, baseline, runs, rerun, options):
     """Run the rung below and this one interleaved; yield (rung, baseline) first and after each run.
 
     With `rerun`, the baseline runs once more before them. If a rank of this rung fails, the last
@@ -233,31 +215,23 @@ def _try_rung(
     pair = {below.name: below.recipe.replace(evaluate=evaluate), rung.name: rung.recipe}
     candidate_runs_next = False
     try:
-        for found in measure_interleaved(pair, repeats, **options):
-            ours, theirs = found[rung.name], found[below.name]
-            candidate_runs_next = len(theirs.images_per_s) > len(ours.images_per_s)
+        for found in measure_interleaved(pair, runs, **options):
+            theirs, ours = found[below.name], found[rung.name]
+            done = len(ours.images_per_s)
+            candidate_runs_next = len(theirs.images_per_s) > done
             if below.name == "baseline":
                 baseline = replace(baseline, measurement=_add_repeats(earlier, theirs))
-            rung = _add_speedups(rung, ours, theirs, baseline.measurement)
+            if done:
+                over_baseline = speedup(baseline.measurement, ours, paired=False)
+                over_below = speedup(replace(theirs, images_per_s=theirs.images_per_s[:done]), ours)
+                rung = replace(
+                    rung, measurement=ours, over_baseline=over_baseline, over_below=over_below
+                )
             yield rung, baseline
     except RankError as error:
         if not candidate_runs_next:
             raise
         yield replace(rung, failed=error.error), baseline
-
-
-def _add_speedups(rung: Rung, ours: Measurement, below: Measurement, baseline: Measurement) -> Rung:
-    """The rung with its measurement and, after its first run, its speedups."""
-    runs = len(ours.images_per_s)
-    if runs == 0:
-        return replace(rung, measurement=ours)
-    below = replace(below, images_per_s=below.images_per_s[:runs])
-    return replace(
-        rung,
-        measurement=ours,
-        over_baseline=speedup(baseline, ours, paired=False),
-        over_below=speedup(below, ours),
-    )
 
 
 def _add_repeats(measurement: Measurement, other: Measurement) -> Measurement:

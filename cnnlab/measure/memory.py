@@ -1,14 +1,12 @@
 """The memory that a training step takes: what autograd saves, and what the allocator reports."""
 
-import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.profiler import profile
 
 
 def saved_tensor_bytes(function: Callable[[], Any], exclude: Iterable[torch.Tensor] = ()) -> int:
@@ -44,15 +42,10 @@ def allocated_bytes(function: Callable[[], Any], device: str) -> tuple[int, int]
         peak = torch.cuda.max_memory_allocated() - before
         return torch.cuda.memory_allocated() - before, peak
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print into the notebook
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    with profile(profile_memory=True) as profiler:
         result = function()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    allocations = [event["args"] for event in events if event.get("name") == "[memory]"]
-    changes = sorted((change["Ev Idx"], change["Bytes"]) for change in allocations)
-    levels = np.cumsum([0, *(size for _, size in changes)])
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    levels = np.cumsum([0, *(event.nbytes() for event in events)])
     del result  # only now: the profile must not contain its release
     return int(levels[-1]), int(levels.max())

@@ -5,23 +5,20 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import bfloat16, float16, float32
 from torch.nn.functional import conv2d
 from torch.utils.benchmark import set_torch_threads
 
 from cnnlab.machine import PRECISIONS, cores
 from cnnlab.measure.benchmark import benchmark_interleaved
 
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+DTYPES = {"fp32": float32, "tf32": float32, "bf16": bfloat16, "fp16": float16}
+Rate = tuple[float, float, float]  # per second: (median, first quartile, third quartile)
 
 
 def peak_flops(
     precision: str = "fp32", device: str = "cpu", threads: int | None = None, size: int = 2048
-) -> tuple[float, float, float]:
+) -> Rate:
     """FLOP/s of the fastest large operation: (median, first quartile, third quartile).
 
     The operation is a (size, size) matrix product of 2 size^3 FLOP or, on a CPU, a 3x3 convolution
@@ -45,9 +42,7 @@ def peak_flops(
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def copy_bandwidth(
-    device: str = "cpu", threads: int | None = None, mib: int = 256
-) -> tuple[float, float, float]:
+def copy_bandwidth(device: str = "cpu", threads: int | None = None, mib: int = 256) -> Rate:
     """Bytes/s of a copy, reads and writes counted: (median, first quartile, third quartile)."""
     source = torch.ones(mib * 2**18, device=device)
     target = torch.empty_like(source)
@@ -62,10 +57,8 @@ def peaks(device: str = "cpu") -> dict[str, float]:
     return {**measured, "copy": copy_bandwidth(device)[0]}
 
 
-def _rate(
-    work: float, function: Callable[[], Any], device: str, threads: int | None
-) -> tuple[float, float, float]:
-    """`work` per second of a call: (median, first quartile, third quartile)."""
+def _rate(work: float, function: Callable[[], Any], device: str, threads: int | None) -> Rate:
+    """`work` per second of a call."""
     calls = 10 if device == "cuda" else 1  # of a GPU's short calls, to amortize synchronization
     with set_torch_threads(threads or cores()):
         found = benchmark_interleaved({"it": function}, device, 1000, calls, seconds=0.2)

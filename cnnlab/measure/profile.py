@@ -25,27 +25,21 @@ from cnnlab.training.loop import make_optimizer, train
 ARITHMETIC = re.compile("conv|mm|linear|gemm|cutlass|xmma|nvjet|winograd|wgrad|dgrad|fprop")
 # Generated kernels, whose names also list what was fused into them:
 FUSED_PREFIXES = ("triton_poi", "triton_per", "triton_red")
-RANGE_PREFIXES = (  # these span other operations
-    "enumerate(DataLoader)",
-    "Optimizer.",
-    "ProfilerStep",
-    "autograd::",
-    "Torch",
-    "CompiledFunction",
-    "DistributedDataParallel",
+RANGES = re.compile(  # at the start of the names of events that span other operations
+    r"enumerate\(DataLoader\)|Optimizer\.|ProfilerStep|autograd::|Torch|CompiledFunction"
 )
 
 
-def profile_rank(rank: int, world: int, recipe: Recipe) -> Iterator[dict[str, float]]:
+def profile_rank(rank: int, world: int, recipe: Recipe) -> Iterator[tuple]:
     yield profile_steps(recipe)
 
 
-def profile_steps(recipe: Recipe) -> dict[str, float]:
-    """Train under the profiler, in this process, and return what an `Explanation` needs.
+def profile_steps(recipe: Recipe) -> tuple[dict[str, float], dict[str, Any]]:
+    """Train under the profiler, in this process: (seconds per step by category, other figures).
 
-    Seconds per step of `arithmetic`, `memory` and `launch`, the time in which no operation ran;
-    on a GPU those of its kernels. Also `operations`, `flops` and `moved` (bytes) per step, and the
-    measured `peak_flops` and `peak_copy` with the recipe's threads.
+    The categories are `arithmetic`, `memory` and `launch`, the time in which no operation ran; on a
+    GPU they are those of its kernels. The figures are `operations`, `flops` and `moved` (bytes) per
+    step, and the measured `peak_flops` and `peak_copy` with the recipe's threads.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print into the notebook
     gpu = recipe.device == "cuda"
@@ -60,10 +54,9 @@ def profile_steps(recipe: Recipe) -> dict[str, float]:
     assert isinstance(finished, Finished)
     steps = finished.steps - recipe.warmup_steps
     seconds, operations = time_by_category(profiler.events(), gpu, steps)
+    seconds["launch"] = max(0.0, finished.compute_s - sum(seconds.values()))
     size, mib = (8192, 256) if gpu else (1024, 64)
-    return {
-        **seconds,
-        "launch": max(0.0, finished.compute_s - sum(seconds.values())),
+    return seconds, {
         "operations": operations,
         **count_flops_and_bytes(recipe),
         "peak_flops": peaks.peak_flops(recipe.precision, recipe.device, recipe.threads, size)[0],
@@ -81,7 +74,7 @@ def time_by_category(events: Iterable[Any], gpu: bool, steps: int) -> tuple[dict
         if gpu and event.device_type != DeviceType.CUDA:
             continue  # a call; its kernels are events of their own
         own_us = event.self_device_time_total if gpu else event.self_cpu_time_total
-        if own_us and not event.name.startswith(RANGE_PREFIXES) and not in_loader(event):
+        if own_us and not RANGES.match(event.name) and not in_loader(event):
             category = "arithmetic" if is_arithmetic(event.name) else "memory"
             seconds[category] += own_us / 1e6 / steps
             operations += 1

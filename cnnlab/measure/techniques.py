@@ -9,36 +9,7 @@ from cnnlab.recipe import Recipe
 
 Changes = dict[str, Any]  # fields of a recipe and their new values
 PLAIN = {"cpu", "fp32", "tf32", "contiguous", "after-relu", "eager", "sample"}  # can be improved
-SEVERAL_CORES, ONE_CORE = "several cores", "this process may use only one core"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Technique:
-    """One way to train faster: what it changes, what it needs, and what it is good for."""
-
-    changes: Changes | Callable[[Recipe, Machine], Changes]
-    why: str  # as advice: "Try next: ..."
-    bounds: tuple[str, ...]  # the parts of a step that it shortens, as in `explain.PARTS`
-    needs: str | None = None  # a capability, as `Machine.missing` names it
-    hardware: str | None = None  # a precision that is slow on CPUs that emulate it
-
-    def changes_for(self, recipe: Recipe, machine: Machine) -> Changes:
-        return self.changes(recipe, machine) if callable(self.changes) else self.changes
-
-    def why_not(self, machine: Machine) -> str | None:
-        """Why this machine cannot run it, or None."""
-        if self.needs == SEVERAL_CORES:
-            return ONE_CORE if machine.cores == 1 else None
-        return machine.missing.get(self.needs) if self.needs else None
-
-    def suits(self, recipe: Recipe, machine: Machine) -> bool:
-        """Whether the recipe does without it, and this machine is likely to run it fast."""
-        emulated = self.hardware is not None and not machine.hardware[self.hardware]
-        if self.why_not(machine) or (emulated and recipe.device == "cpu"):
-            return False
-        if callable(self.changes):
-            return bool(self.changes(recipe, machine))
-        return all(getattr(recipe, name) in PLAIN for name in self.changes)
+ONE_CORE = "this process may use only one core"
 
 
 def use_idle_cores(recipe: Recipe, machine: Machine) -> Changes:
@@ -58,58 +29,67 @@ def double_batch(recipe: Recipe, machine: Machine) -> Changes:
     return {"batch_size": 2 * recipe.batch_size}
 
 
-TECHNIQUES = {  # in the order in which `explain` suggests them
+@dataclass(frozen=True, kw_only=True)
+class Technique:
+    """One way to train faster: what it changes and what it needs."""
+
+    changes: Changes | Callable[[Recipe, Machine], Changes]
+    why: str  # as advice: "Try next: ..."
+    needs: str = ""  # "several cores", or a capability as `Machine.missing` names it
+    hardware: str = ""  # a precision that is slow on CPUs that emulate it
+
+    def changes_for(self, recipe: Recipe, machine: Machine) -> Changes:
+        return self.changes(recipe, machine) if callable(self.changes) else self.changes
+
+    def why_not(self, machine: Machine) -> str | None:
+        """Why this machine cannot run it, or None."""
+        if self.needs == "several cores" and machine.cores == 1:
+            return ONE_CORE
+        return machine.missing.get(self.needs)
+
+    def suits(self, recipe: Recipe, machine: Machine) -> bool:
+        """Whether the recipe does without it, and this machine is likely to run it fast."""
+        emulated = recipe.device == "cpu" and not machine.hardware.get(self.hardware, True)
+        if emulated or self.why_not(machine):
+            return False
+        if callable(self.changes):
+            return bool(self.changes(recipe, machine))
+        return all(getattr(recipe, name) in PLAIN for name in self.changes)
+
+
+TECHNIQUES = {
     "threads": Technique(
-        changes=use_idle_cores,
-        why="more threads, because cores are idle",
-        bounds=("arithmetic", "memory"),
-        needs=SEVERAL_CORES,
+        changes=use_idle_cores, why="more threads, because cores are idle", needs="several cores"
     ),
-    "GPU": Technique(
-        changes={"device": "cuda"},
-        why="the GPU",
-        bounds=("arithmetic", "memory"),
-        needs="NVIDIA GPU",
-    ),
+    "GPU": Technique(changes={"device": "cuda"}, why="the GPU", needs="NVIDIA GPU"),
     "bf16": Technique(
         changes={"precision": "bf16"},
         why="bf16, which halves memory traffic and uses Tensor Cores or AMX where available",
-        bounds=("arithmetic", "memory"),
         hardware="bf16",
     ),
     "channels_last": Technique(
         changes={"memory_format": "channels_last"},
         why="channels_last, the memory format in which convolutions are fastest",
-        bounds=("arithmetic", "memory"),
     ),
     "pooling before ReLU": Technique(
         changes={"pooling": "before-relu"},
         why="max-pooling before ReLU, which gives the same results with a quarter of ReLU's work",
-        bounds=("memory",),
     ),
     "torch.compile": Technique(
         changes={"compiler": "inductor"},
         why="torch.compile, which fuses operations",
-        bounds=("memory", "launch"),
         needs="C++ compiler",
     ),
     "compiled except pooling": Technique(
         changes={"compiler": "inductor-except-pool"},
         why="torch.compile, with PyTorch's own max-pooling",
-        bounds=(),  # only measurements tell where it is faster than torch.compile
         needs="C++ compiler",
     ),
     "loader workers": Technique(
-        changes=add_loader_worker,
-        why="more loader workers, as long as cores are idle",
-        bounds=("loader",),
+        changes=add_loader_worker, why="more loader workers, as long as cores are idle"
     ),
-    "whole-batch loader": Technique(
-        changes={"loader": "batch"}, why="fetching whole batches", bounds=("loader",)
-    ),
+    "whole-batch loader": Technique(changes={"loader": "batch"}, why="fetching whole batches"),
     "larger batch": Technique(
-        changes=double_batch,
-        why="a larger batch: more work per kernel launch and per all-reduce",
-        bounds=("launch", "communication"),
+        changes=double_batch, why="a larger batch: more work per kernel launch and per all-reduce"
     ),
 }
