@@ -280,13 +280,14 @@ def test_a_program_that_ends_during_a_run_ends_the_run(tmp_path):
 
 def test_an_interrupted_command_line_leaves_no_rank(tmp_path):
     options = f"--data synthetic --epochs 1000000 --replicas 2 --threads 1 --record {tmp_path}"
+    torch_cache = {"TORCHINDUCTOR_CACHE_DIR": tempfile.gettempdir()}  # Importing torch makes it.
     command = subprocess.Popen(
         [sys.executable, "-m", "cnnlab", "train", *options.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(tmp_path), **torch_cache},
     )
     try:
         assert "2 ranks" in command.stdout.readline()
