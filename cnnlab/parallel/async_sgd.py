@@ -9,7 +9,7 @@ from multiprocessing.util import get_temp_dir
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from cnnlab.parallel.simulated_network import SimulatedLink
 
@@ -47,9 +47,6 @@ class SharedParameters:
         counter_bytes = 8 * (2 + 2 * self.world)
         size = counter_bytes + self.copy.nbytes
         self.file = open(path[0], "r+b")  # noqa: SIM115, also the lock of all ranks
-        if self.rank == 0:
-            self.file.truncate(size)
-        dist.barrier()
         memory = torch.from_file(path[0], shared=True, size=size, dtype=torch.uint8)
         counters = memory[:counter_bytes].view(torch.int64)
         self.claimed, self.updates = counters[0:1], counters[1:2]  # by all ranks
@@ -96,16 +93,15 @@ class SharedParameters:
         """Copy the shared parameters to the model."""
         with self._locked():
             self.copy, self.copied_at = self.parameters.clone(), int(self.updates)
-        parameters = [parameter.data for parameter in model.parameters()]
-        sizes = [parameter.numel() for parameter in parameters]
-        for parameter, values in zip(parameters, self.copy.split(sizes), strict=True):
-            parameter.copy_(values.view_as(parameter))
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        for parameter, values in zip(model.parameters(), self.copy.split(sizes), strict=True):
+            parameter.data.copy_(values.view_as(parameter))
 
     def mean_staleness(self) -> float:
         """Mean number of other ranks' updates between this rank's pull and its next push."""
         return self.stale / max(1, self.own)
 
-    def _wait_for(self, counts: torch.Tensor) -> None:
+    def _wait_for(self, counts: Tensor) -> None:
         """Wait until this rank's steps are at most `bound` ahead of the slowest rank's count."""
         deadline = time.monotonic() + self.timeout
         while int(self.steps[self.rank]) - int(counts.min()) > self.bound:
@@ -132,5 +128,5 @@ def _collective_timeout_s() -> float:
     return backend.options._timeout.total_seconds()
 
 
-def _flatten_parameters(model: nn.Module) -> torch.Tensor:
+def _flatten_parameters(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]).cpu()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
@@ -35,7 +35,7 @@ def wrap_ddp(model: nn.Module, recipe: Recipe, device: torch.device, clock: Any)
     ddp = nn.parallel.DistributedDataParallel(model, device_ids, bucket_cap_mb=bucket_mb)
     hook = COMPRESSION_HOOKS[recipe.compression]
 
-    def timed_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def timed_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         began_at = time.perf_counter()
 
         def record(reduced):
@@ -88,9 +88,7 @@ def average_gradients(model: nn.Module, recipe: Recipe, clock: Any) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def ring_all_reduce(
-    tensor: torch.Tensor, on_message: Callable[[int], object] | None = None
-) -> None:
+def ring_all_reduce(tensor: Tensor, on_message: Callable[[int], object] | None = None) -> None:
     """Sum the tensor over all ranks, in place, with messages to the next rank only.
 
     Reduce-scatter: each chunk travels around the ring, and ranks add to it. All-gather: the sums

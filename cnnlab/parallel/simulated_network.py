@@ -6,6 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.futures import Future
 
 from cnnlab.recipe import Recipe
 
@@ -68,10 +69,9 @@ def simulate_network(link: SimulatedLink) -> None:
 
     def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
         work = fast_all_reduce(tensor, op, group, async_op=True)
-        delayed: torch.futures.Future = torch.futures.Future()
-        seconds = all_reduce_seconds(
-            tensor.nbytes, dist.get_world_size(group), link.latency_s, link.bytes_per_s
-        )
+        delayed: Future = Future()
+        world = dist.get_world_size(group)
+        seconds = all_reduce_seconds(tensor.nbytes, world, link.latency_s, link.bytes_per_s)
 
         def deliver():
             try:
@@ -85,7 +85,6 @@ def simulate_network(link: SimulatedLink) -> None:
         if async_op:
             return DelayedWork(delayed)
         delayed.wait()
-        return None
 
     dist.all_reduce = all_reduce
 
@@ -93,10 +92,10 @@ def simulate_network(link: SimulatedLink) -> None:
 class DelayedWork:
     """The handle of an asynchronous all-reduce, with the part of `dist.Work` that DDP uses."""
 
-    def __init__(self, future: torch.futures.Future) -> None:
+    def __init__(self, future: Future) -> None:
         self.future = future
 
-    def get_future(self) -> torch.futures.Future:
+    def get_future(self) -> Future:
         return self.future
 
     def wait(self) -> list[torch.Tensor]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from math import ceil
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
@@ -13,7 +12,6 @@ from cnnlab.parallel.async_sgd import SharedParameters
 from cnnlab.parallel.simulated_network import make_link
 from cnnlab.recipe import Recipe
 from cnnlab.training import techniques
-from cnnlab.training.checkpoint import TrainState
 from cnnlab.training.clock import Clock
 from cnnlab.training.loop import evaluate, select_device, set_up, to_device
 from cnnlab.training.meter import Meter
@@ -29,11 +27,10 @@ def train_async(recipe: Recipe, rank: int, world: int) -> Iterator[Event]:
     splits, steps, state = set_up(recipe, device, world, clock)
     shared = SharedParameters(state.network, recipe.staleness, make_link(recipe))
     techniques.set_seed(recipe.seed, rank)
-    loader = train_loader(
-        recipe, splits.train, rank, world, steps=steps, claim_batches=shared.claim_batches
-    )
+    claim = shared.claim_batches
+    loader = train_loader(recipe, splits.train, rank, world, steps=steps, claim_batches=claim)
     shifts = random_shifts(recipe.seed)
-    meter = Meter(recipe, rank, world, clock)
+    meter = Meter(recipe, rank, world, clock, shared=shared)
     accuracy = None
 
     yield meter.started(state.network, splits, steps)
@@ -43,46 +40,33 @@ def train_async(recipe: Recipe, rank: int, world: int) -> Iterator[Event]:
             images, labels = to_device(images, labels, recipe, device)
             if recipe.augment == "shift":
                 images = shift_images(images, next(shifts))
-            _train_step(images, labels, recipe, state, shared, clock, meter)
+            _train_step(images, labels, state, shared, meter)
             if meter.report_due():
-                yield meter.progress(epoch, _images_seen(recipe, shared))
+                yield meter.progress(epoch)
                 clock.resume()
         dist.barrier()  # other ranks may still train, because loader workers claim ahead
         if meter.losses:
-            yield meter.progress(epoch, _images_seen(recipe, shared))
+            yield meter.progress(epoch)
         else:
-            meter.read(_images_seen(recipe, shared))
+            meter.read()
         if recipe.evaluate:
             shared.pull(state.network)
             accuracy, test_loss = evaluate(state.network, recipe, splits.test, device, rank, world)
             yield meter.evaluated(epoch, accuracy, test_loss, len(splits.test))
         clock.resume()
-    yield meter.finished(accuracy, shared.mean_staleness())
+    yield meter.finished(accuracy)
 
 
-def _train_step(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    recipe: Recipe,
-    state: TrainState,
-    shared: SharedParameters,
-    clock: Clock,
-    meter: Meter,
-) -> None:
-    with techniques.autocast(recipe):
+def _train_step(images, labels, state, shared, meter):
+    with techniques.autocast(meter.recipe):
         logits = state.model(images)
         loss = F.cross_entropy(logits, labels)
-    clock.mark("forward")
+    meter.clock.mark("forward")
     loss.backward()
-    clock.mark("backward")
+    meter.clock.mark("backward")
     meter.add(loss, logits, labels)
     state.optimizer.step()
-    clock.timed_communication(shared.push_pull, state.network)
+    meter.clock.timed_communication(shared.push_pull, state.network)
     state.optimizer.zero_grad()
-    clock.mark("update")
+    meter.clock.mark("update")
     meter.end_step()
-
-
-def _images_seen(recipe: Recipe, shared: SharedParameters) -> int:
-    """Training images of all ranks together: each update has one rank's share of a batch."""
-    return int(shared.updates) * recipe.batch_size // shared.world

@@ -1,5 +1,6 @@
 """Checkpoints: everything a run needs to resume, written by all ranks together, atomically."""
 
+import errno
 import json
 import os
 import shutil
@@ -51,7 +52,7 @@ def save(folder: str, step: int, recipe: Recipe, state: TrainState) -> Checkpoin
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
     _barrier()
-    values = {**_state_dicts(state), **_rng_states(recipe), "step": step}
+    values = {**_parts(state), **_rng_states(recipe), "step": step}
     # Batch-norm statistics differ between ranks: those of rank 0 count, as in evaluation.
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     try:
@@ -79,17 +80,20 @@ def resume(folder: str, recipe: Recipe, state: TrainState, steps: int) -> int:
 
     Raises `CnnlabError` if it is damaged, of another recipe, or has already done all `steps`.
     """
-    newest = _newest_checkpoint(folder)
-    if newest is None:
+    newest = [None, *_list_checkpoints(folder)][-1:]
+    if dist.is_initialized():
+        dist.broadcast_object_list(newest)  # network file systems may show ranks an older folder
+    [path] = newest
+    if path is None:
         return 0
-    _check_recipe(newest, recipe)
-    first = _load(newest, recipe, state)
+    _check_recipe(path, recipe)
+    first = _load(path, recipe, state)
     # A restarted run may have failed after its last step: then only the evaluation is left.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if first > steps or (first == steps and not restarted):
         raise CnnlabError(
             f"the newest checkpoint in {folder} has done {first} steps, and steps={steps} asks for "
-            f"no more. Raise epochs or steps, or choose another folder."
+            "no more. Raise epochs or steps, or choose another folder."
         )
     return first
 
@@ -99,21 +103,14 @@ def check_supported(folder: str | Path, recipe: Recipe) -> None:
     if recipe.strategy in ("local-sgd", "async"):
         raise CnnlabError(
             f"strategy={recipe.strategy!r} does not support checkpoints, because its ranks have "
-            f"different parameters. Use strategy='ddp'."
+            "different parameters. Use strategy='ddp'."
         )
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
     except OSError as error:
         raise cannot_write(folder, error) from None
-    if not os.access(folder, os.W_OK):
-        raise cannot_write(folder, PermissionError(13, "Permission denied"))
-
-
-def _newest_checkpoint(folder: str) -> Path | None:
-    newest = [None, *_list_checkpoints(folder)][-1:]
-    if dist.is_initialized():
-        dist.broadcast_object_list(newest)  # network file systems may show ranks an older folder
-    return newest[0]
 
 
 def _check_recipe(path: Path, recipe: Recipe) -> None:
@@ -131,8 +128,8 @@ def _check_recipe(path: Path, recipe: Recipe) -> None:
     ]
     if differing:
         raise CnnlabError(
-            f"the checkpoint {path} is of another recipe ({'; '.join(differing)}). Use that "
-            f"recipe, or choose another folder."
+            f"the checkpoint {path} is of another recipe ({'; '.join(differing)}). "
+            "Use that recipe, or choose another folder."
         )
 
 
@@ -144,14 +141,11 @@ def _load(path: Path, recipe: Recipe, state: TrainState) -> int:
     try:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         rng_states = {name: rng for name, rng in _rng_states(recipe).items() if name in saved}
-        values = {**_state_dicts(state), **rng_states, "step": 0}
+        values = {**_parts(state), **rng_states, "step": 0}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(values, checkpoint_id=path)
-        state.network.load_state_dict(values["model"])
         set_optimizer_state_dict(state.network, state.optimizer, values["optimizer"])
-        state.schedule.load_state_dict(values["schedule"])
-        state.scaler.load_state_dict(values["scaler"])
     except (Exception, CheckpointException) as error:
         raise _cannot_load(path, error) from None
     for name in rng_states:  # none if the saved run did not have this rank
@@ -160,14 +154,15 @@ def _load(path: Path, recipe: Recipe, state: TrainState) -> int:
     return values["step"]
 
 
-def _state_dicts(state: TrainState) -> dict[str, Any]:
+def _parts(state: TrainState) -> dict[str, Any]:
+    """What is saved. torch calls the `state_dict` and `load_state_dict` of the objects."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     return {
-        "model": state.network.state_dict(),
+        "model": state.network,
         "optimizer": get_optimizer_state_dict(state.network, state.optimizer),
-        "schedule": state.schedule.state_dict(),
-        "scaler": state.scaler.state_dict(),
+        "schedule": state.schedule,
+        "scaler": state.scaler,
     }
 
 

@@ -29,8 +29,8 @@ class Clock:
         self.seconds = self.waiting = self.exposed = 0.0
         self.resumed_at = self.marked_at = 0.0
         self.to_wall_clock = time.time() - time.perf_counter()
-        self.spans: list[list] = []  # [phase, begin, end] of the current step
-        self.communication: list[tuple[float, float]] = []  # (begin, end) in the current step
+        self.phases: list[tuple] = []  # (phase, begin, end) in the current step
+        self.transfers: list[tuple] = []  # ("communication", begin, end) in the current step
         self.recent: deque[tuple[list, list]] = deque(maxlen=4)  # both, of the last steps
 
     def resume(self) -> None:
@@ -53,8 +53,8 @@ class Clock:
             self.waiting += time.perf_counter() - asked_at
             if batch is None:
                 return
-            self.spans, self.communication = [], []
-            self.recent.append((self.spans, self.communication))
+            self.phases, self.transfers = [], []
+            self.recent.append((self.phases, self.transfers))
             self.mark("waiting")
             yield batch
 
@@ -66,24 +66,22 @@ class Clock:
         """
         begin, end = self.marked_at, time.perf_counter()
         self.marked_at = end
-        transfers = [span for span in self.communication if span[0] >= begin]
+        if self.device.type != "cpu":
+            return
+        transfers = [(start, stop) for _, start, stop in self.transfers if start >= begin]
         if transfers:
-            exposed_from = max(span[0] for span in transfers)
-            exposed_to = min(end, max(span[1] for span in transfers))
+            exposed_from = max(start for start, _ in transfers)
+            exposed_to = min(end, max(stop for _, stop in transfers))
             self.exposed += exposed_to - exposed_from
-            self._add_span(phase, begin, exposed_from)
-            self._add_span("exposed", exposed_from, exposed_to)
+            self.phases.append((phase, begin, exposed_from))
+            self.phases.append(("exposed", exposed_from, exposed_to))
             begin = exposed_to
-        self._add_span(phase, begin, end)
-
-    def _add_span(self, phase: str, begin: float, end: float) -> None:
-        if self.device.type == "cpu":
-            self.spans.append([phase, self.to_wall_clock + begin, self.to_wall_clock + end])
+        self.phases.append((phase, begin, end))
 
     def record_communication(self, began_at: float) -> None:
         """Record a transfer from `began_at` (`time.perf_counter`) to now, from any thread."""
         if self.device.type == "cpu":
-            self.communication.append((began_at, time.perf_counter()))
+            self.transfers.append(("communication", began_at, time.perf_counter()))
 
     def timed_communication(self, function: Callable, *args: Any) -> None:
         """Call the function and record the time that it takes as communication."""
@@ -96,13 +94,10 @@ class Clock:
 
         "communication" comes last and may overlap with the other phases.
         """
-        phases, transfers = [], []
-        for spans, communication in self.recent:
-            phases += spans
-            for begin, end in communication:
-                wall_clock = self.to_wall_clock + begin, self.to_wall_clock + end
-                transfers.append(["communication", *wall_clock])
-        return phases + transfers
+        spans = [span for phases, _ in self.recent for span in phases]
+        spans += [span for _, transfers in self.recent for span in transfers]
+        offset = self.to_wall_clock
+        return [[phase, offset + begin, offset + end] for phase, begin, end in spans]
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -9,7 +9,9 @@ from math import ceil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
 from torch.utils.data import TensorDataset
 
 from cnnlab.data import datasets
@@ -114,23 +116,21 @@ def select_device(recipe: Recipe, rank: int) -> torch.device:
     return device
 
 
-def make_optimizer(
-    recipe: Recipe, model: nn.Module, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def make_optimizer(recipe: Recipe, model: nn.Module, steps: int) -> tuple[Optimizer, LRScheduler]:
     """The optimizer (Adam, or SGD with momentum 0.9) and its learning rate schedule."""
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     if recipe.optimizer == "adam":
         optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=0.9)
     if recipe.schedule == "cosine":
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        return optimizer, CosineAnnealingLR(optimizer, T_max=steps)
+    return optimizer, ConstantLR(optimizer, factor=1.0)
 
 
 def to_device(
-    images: torch.Tensor, labels: torch.Tensor, recipe: Recipe, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+    images: Tensor, labels: Tensor, recipe: Recipe, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Copy a batch to the device, its images in the recipe's memory format."""
     channels_last = recipe.memory_format == "channels_last"
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

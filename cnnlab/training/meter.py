@@ -4,12 +4,13 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cnnlab import machine
 from cnnlab.data.datasets import ImageSplits
 from cnnlab.events import Evaluated, Finished, Progress, Started
 from cnnlab.model import count_parameters
+from cnnlab.parallel.async_sgd import SharedParameters
 from cnnlab.recipe import Recipe
 from cnnlab.training.clock import Clock, peak_memory_mib
 
@@ -27,35 +28,35 @@ class Reading:
     exposed: float = 0.0
 
     def since(self, earlier: "Reading") -> "Reading":
-        return Reading(
-            steps=self.steps - earlier.steps,
-            images=self.images - earlier.images,
-            seconds=self.seconds - earlier.seconds,
-            waiting=self.waiting - earlier.waiting,
-            exposed=self.exposed - earlier.exposed,
-        )
+        before = vars(earlier)
+        return Reading(**{name: value - before[name] for name, value in vars(self).items()})
 
 
+@dataclass(eq=False)
 class Meter:
     """Accumulates what the loop of one rank does and makes its events.
 
-    `first`: steps done by the run whose checkpoint this one resumes. Losses and correct predictions
-    stay on the device until a report, because reading them would synchronize. `images`, of all
-    ranks together, need only be passed where ranks take different numbers of steps.
+    Losses and correct predictions stay on the device until a report, because reading them would
+    synchronize.
     """
 
-    def __init__(self, recipe: Recipe, rank: int, world: int, clock: Clock, first: int = 0) -> None:
-        self.recipe, self.clock = recipe, clock
-        self.rank, self.world = rank, world
-        self.first = self.step = first
-        self.warmup_end = first + recipe.warmup_steps
-        self.start = Reading(steps=first, images=first * recipe.batch_size)
-        self.last = self.warm = self.start  # at the last report, at the end of the warm-up
-        self.step_loss: torch.Tensor | float = 0.0
-        self.losses: list = []  # of the steps since the last report
-        self.correct: torch.Tensor | int = 0  # predictions since the last report
+    recipe: Recipe
+    rank: int
+    world: int
+    clock: Clock
+    first: int = 0  # steps done by the run whose checkpoint this one resumes
+    shared: SharedParameters | None = None  # where ranks take different numbers of steps (async)
 
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    def __post_init__(self) -> None:
+        first = self.step = self.first
+        self.warmup_end = first + self.recipe.warmup_steps
+        self.start = Reading(steps=first, images=first * self.recipe.batch_size)
+        self.last = self.warm = self.start  # at the last report, at the end of the warm-up
+        self.step_loss: Tensor | float = 0.0
+        self.losses: list = []  # of the steps since the last report
+        self.correct: Tensor | int = 0  # predictions since the last report
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a micro-batch to the current step."""
         self.step_loss += loss.detach()
         self.correct += (logits.argmax(1) == labels).sum()
@@ -68,19 +69,16 @@ class Meter:
     def report_due(self) -> bool:
         return self.clock.elapsed() >= REPORT_EVERY or self.step == self.warmup_end
 
-    def read(self, images: int | None = None) -> Reading:
+    def read(self) -> Reading:
         """Pause the clock and return what happened since the last reading."""
-        self.clock.pause()
-        if images is None:
-            images = self.step * self.recipe.batch_size
+        clock = self.clock
+        clock.pause()
+        images = self.step * self.recipe.batch_size
+        if self.shared is not None:  # each update has one rank's share of a batch
+            images = int(self.shared.updates) * self.recipe.batch_size // self.world
         before = self.last
-        self.last = Reading(
-            steps=self.step,
-            images=images,
-            seconds=self.clock.seconds,
-            waiting=self.clock.waiting,
-            exposed=self.clock.exposed,
-        )
+        times = {"seconds": clock.seconds, "waiting": clock.waiting, "exposed": clock.exposed}
+        self.last = Reading(steps=self.step, images=images, **times)
         return self.last.since(before)
 
     def started(self, network: nn.Module, splits: ImageSplits, steps: int) -> Started:
@@ -98,9 +96,9 @@ class Meter:
             cores=machine.cpu_affinity(),
         )
 
-    def progress(self, epoch: int, images: int | None = None) -> Progress:
+    def progress(self, epoch: int) -> Progress:
         """Pause the clock and report the steps since the last report."""
-        new = self.read(images)
+        new = self.read()
         if self.step == self.warmup_end:
             self.warm = self.last
         losses, self.losses = torch.stack(self.losses).tolist(), []
@@ -129,7 +127,7 @@ class Meter:
             images=images,
         )
 
-    def finished(self, accuracy: float | None, staleness: float | None = None) -> Finished:
+    def finished(self, accuracy: float | None) -> Finished:
         """The figures of the steps after the warm-up; of all steps if none came after it."""
         warm = self.warm if self.warm.images < self.last.images else self.start
         timed = self.last.since(warm)
@@ -148,5 +146,5 @@ class Meter:
             compute_s=(timed.seconds - timed.waiting - timed.exposed) / steps,
             peak_memory_mib=peak_memory_mib(self.clock.device),
             accuracy=accuracy,
-            staleness=staleness,
+            staleness=None if self.shared is None else self.shared.mean_staleness(),
         )

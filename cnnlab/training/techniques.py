@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.library import CustomOpDef, custom_op
 
 from cnnlab import machine
 from cnnlab.parallel import data_parallel, simulated_network
@@ -27,8 +28,7 @@ def prepare(
     """Apply the recipe's techniques to the model, in the order in which they must be applied."""
     if world > 1:
         simulated_network.simulate_straggler(model, recipe)
-        link = simulated_network.make_link(recipe)
-        if link is not None:
+        if link := simulated_network.make_link(recipe):
             simulated_network.simulate_network(link)
     if recipe.pooling == "before-relu":
         model = pool_before_relu(model)
@@ -60,11 +60,9 @@ def pin_to_cores(local_rank: int, local_world: int) -> list[int] | None:
     if not hasattr(os, "sched_setaffinity"):
         return None
     cores = sorted(os.sched_getaffinity(0))
-    share = len(cores) // local_world
-    if share == 0:
-        mine = [cores[local_rank % len(cores)]]
-    else:
-        mine = cores[local_rank * share : (local_rank + 1) * share]
+    share = max(1, len(cores) // local_world)
+    first = local_rank * share % len(cores)
+    mine = cores[first : first + share]
     os.sched_setaffinity(0, mine)
     return mine
 
@@ -151,12 +149,10 @@ def opaque_pooling(model: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def max_pool_operator() -> torch.library.CustomOpDef:
+def max_pool_operator() -> CustomOpDef:
     """Register `cnnlab::max_pool`, an operator that the compiler cannot look into."""
-    max_pool = torch.library.custom_op("cnnlab::max_pool", _max_pool, mutates_args=())
-    max_pool_backward = torch.library.custom_op(
-        "cnnlab::max_pool_backward", _max_pool_backward, mutates_args=()
-    )
+    max_pool = custom_op("cnnlab::max_pool", _max_pool, mutates_args=())
+    max_pool_backward = custom_op("cnnlab::max_pool_backward", _max_pool_backward, mutates_args=())
 
     def save_for_backward(ctx, inputs, output):
         images, ctx.size = inputs
@@ -172,13 +168,11 @@ def max_pool_operator() -> torch.library.CustomOpDef:
     return max_pool
 
 
-def _max_pool(images: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _max_pool(images: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return torch.ops.aten.max_pool2d_with_indices(images, [size, size])
 
 
-def _max_pool_backward(
-    gradient: torch.Tensor, images: torch.Tensor, size: int, indices: torch.Tensor
-) -> torch.Tensor:
+def _max_pool_backward(gradient: Tensor, images: Tensor, size: int, indices: Tensor) -> Tensor:
     return torch.ops.aten.max_pool2d_with_indices_backward(
         gradient, images, [size, size], [size, size], [0, 0], [1, 1], False, indices
     )
