@@ -39,10 +39,9 @@ def run(
 ) -> Iterator[Event]:
     """Train `recipe` in fresh processes, one per rank, and yield the events of all ranks.
 
-    Setting `stop`, or closing the iterator, kills the processes and ends the events. `env`:
-    environment variables for the ranks. `checkpoints`: a folder to write them to and resume from.
-    `max_restarts`: how often all ranks may be restarted after one has failed. `say`: called with
-    each line that a rank prints.
+    Setting `stop`, or closing the iterator, kills the processes. `env`: environment variables for
+    the ranks. `checkpoints`: a folder to write them to and resume from. `max_restarts`: how often
+    all ranks may be restarted after one has failed. `say` gets each line that a rank prints.
 
     Raises `CnnlabError` before any process starts if this machine cannot run the recipe, and
     `RankError`, after a `Failed` event, if a rank fails: at once if it raises or is killed, within

@@ -83,16 +83,8 @@ def ladder_bars(
         batch_size = recorded["recipe"]["batch_size"]
         label = f"recorded: {machine_label(recorded['machine'])}, batch {batch_size}"
         rows = [names.index(name) for name in others]
-        ax.plot(
-            list(others.values()),
-            rows,
-            "D",
-            color=RECORDED,
-            mfc="none",
-            ms=5,
-            zorder=4,
-            label=label,
-        )
+        marker: Any = {"color": RECORDED, "mfc": "none", "ms": 5, "zorder": 4}
+        ax.plot(list(others.values()), rows, "D", label=label, **marker)
     if prediction:
         label = f"your prediction: {prediction:g}x"
         ax.axvline(prediction, color=PREDICTED, linestyle=":", linewidth=2, label=label)
