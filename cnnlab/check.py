@@ -1,10 +1,37 @@
-"""Exercise checkers: compare a learner's answer with the expected one, and print both."""
+"""Exercises: compare a learner's answer or function with the expected one, and print both.
 
-import math
-from collections.abc import Callable, Iterable
+The functions that `build` tests are defined in notebooks/solutions/NUMBER_*.py, one file a lesson:
+TASKS = {"12.1": Task(...), ...}.
+"""
+
+import copy
+import inspect
+import linecache
+import random
+import re
+import runpy
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+
+from cnnlab.recipe import CnnlabError
+from cnnlab.values import compare, format_value
+
+TIMEOUT = "did not finish"  # part of the error when ranks wait for each other
+INDENT = "\n  "
+
+_hints_printed: Counter[str] = Counter()
+
+
+# Single answers
 
 
 def report(exercise: str, cases: Iterable[tuple[str, Any, Any]]) -> bool:
@@ -18,7 +45,8 @@ def report(exercise: str, cases: Iterable[tuple[str, Any, Any]]) -> bool:
         correct = _matches(expected, got)
         solved &= correct
         mark = "ok   " if correct else "wrong"
-        lines.append(f"{mark}  {description}: expected {_format(expected)}, got {_format(got)}")
+        values = f"expected {format_value(expected)}, got {format_value(got)}"
+        lines.append(f"{mark}  {description}: {values}")
     print(f"Exercise {exercise}: {'solved.' if solved else 'not yet.'}", *lines, sep="\n")
     return solved
 
@@ -36,34 +64,199 @@ def function(exercise: str, spec: Callable, got: Callable, inputs: Iterable[tupl
             value = got(*arguments)
         except Exception as error:  # a wrong answer, printed like any other
             value = error
-        description = "for " + ", ".join(map(_format, arguments))
+        description = "for " + ", ".join(map(format_value, arguments))
         cases.append((description, spec(*arguments), value))
     return report(exercise, cases)
 
 
 def _matches(expected: Any, got: Any) -> bool:
-    if got is None or got is ... or isinstance(got, Exception):
-        return False
+    atol = 1e-6
+    if hasattr(expected, "detach") and hasattr(got, "detach"):
+        got = got.to(expected.dtype)
+        atol = 1e-4
+    return not any(part.problem for part in compare(expected, got, 1e-3, atol))
+
+
+# Functions that the learner writes
+
+
+def build(task_id: str, function: Callable) -> Callable:
+    """Test the learner's function, print the result, and return the function if it is right.
+
+    Otherwise return the reference, so that the lesson continues. Raises `CnnlabError` if there is
+    no such task.
+    """
+    task = _find_task(task_id)
+    solved, lines = _examine(task, function)
+    print(f"Task {task_id}: {'solved.' if solved else 'not yet.'}", *lines, sep=INDENT)
+    if solved:
+        return function
+    print(f'Stuck? check.hint("{task_id}") prints a hint, check.solution("{task_id}") a solution.')
+    print("Until your function is right, the lesson uses that solution.")
+    vars(task.reference)["is_reference"] = True
+    return task.reference
+
+
+def hint(task_id: str) -> None:
+    """Print the next hint for a task. After the last one, print it again."""
+    hints = _find_task(task_id).hints
+    number = min(_hints_printed[task_id] + 1, len(hints))
+    _hints_printed[task_id] = number
+    print(f"Hint {number} of {len(hints)}: {hints[number - 1]}")
+    if number == len(hints):
+        print(f'There are no more hints. check.solution("{task_id}") prints a solution.')
+
+
+def solution(task_id: str) -> None:
+    """Print the source of a task's reference."""
+    print(inspect.getsource(_find_task(task_id).reference))
+
+
+def _find_task(task_id: str) -> "Task":
+    lesson = task_id.partition(".")[0]
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).parents[1] / "notebooks"):
+        for path in folder.glob(f"solutions/{lesson}_*.py"):
+            tasks = runpy.run_path(str(path))["TASKS"]
+            if task_id not in tasks:
+                raise CnnlabError(f"There is no task {task_id!r}. Choose from {', '.join(tasks)}.")
+            return tasks[task_id]
+    raise CnnlabError(
+        f"Found no tasks of lesson {lesson!r}. Use the number of a task, such as '12.1', and keep "
+        "the folder 'solutions' next to the notebooks."
+    )
+
+
+def _examine(task: "Task", function: Callable) -> tuple[bool, list[str]]:
+    """Whether the function is right for all inputs, and what to print."""
+    name = task.reference.__name__
+    if hasattr(function, "is_reference"):
+        return False, [f"This {name} is the solution. Run the cell with yours, then this one."]
+    with _seeded():
+        inputs = list(task.inputs())
+    signature = inspect.signature(task.run or task.reference)
+    names = [parameter for parameter in signature.parameters if parameter != "function"]
+    for values in inputs:
+        arguments = dict(zip(names, values, strict=True))
+        call = f"{name} for {format_value(arguments)}"
+        got = _outcome(task, function, arguments)
+        if _is_missing(arguments, got):
+            return False, [f"{name} is not written yet."]
+        expected = _outcome(task, task.reference, arguments)
+        if isinstance(expected, Exception):
+            return False, ["This machine cannot check it:", _describe(expected, task.reference)]
+        if isinstance(got, Exception):
+            return False, [call, _describe(got, function), *_explain(task, arguments, got)]
+        if expected["result"] is None:  # The function only changes its arguments.
+            got["result"] = None
+        parts = list(compare(expected, got, task.rtol, task.atol))
+        shown = next((part for part in parts if part.problem), parts[0])
+        lines = [call, f"{shown.where}expected {format_value(shown.expected)}"]
+        lines.append(f"{'got':>{len(shown.where) + 3}}      {format_value(shown.got)}")
+        if shown.problem:
+            return False, [*lines, shown.problem, *_explain(task, arguments, got)]
+    return True, lines
+
+
+def _outcome(task: "Task", function: Callable, arguments: dict[str, Any]) -> Any:
+    """What the function returns, and its arguments afterwards; or the error that it raises."""
+    arguments = copy.deepcopy(arguments)
+    with _seeded():
+        try:
+            run = partial(task.run, function) if task.run else function
+            return _name_parts(run(*arguments.values()), arguments)
+        except Exception as error:  # a wrong answer, printed like any other
+            return error
+
+
+def _name_parts(result: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"result": result, **{f"{name} afterwards": arguments[name] for name in arguments}}
+
+
+def _is_missing(arguments: dict[str, Any], got: Any) -> bool:
+    """Whether the function is still a stub: it returns nothing and changes no argument."""
+    if isinstance(got, Exception):
+        return "NotImplementedError" in _error_text(got)
+    return _is_empty(got["result"]) and _equal(_name_parts(got["result"], arguments), got)
+
+
+def _is_empty(result: Any) -> bool:
+    if isinstance(result, dict):
+        result = list(result.values())
+    if isinstance(result, (list, tuple)) and result:
+        return all(map(_is_empty, result))
+    return result is None or result is ...
+
+
+def _explain(task: "Task", arguments: dict[str, Any], got: Any) -> list[str]:
+    """The message for the typical mistake that has the same outcome as the learner's function."""
+    if isinstance(got, Exception) and TIMEOUT in str(got):
+        return ["Here a rank waits for a message that the other rank has not sent."]
+    for mistake, message in task.mistakes.items():
+        if message != TIMEOUT and _equal(_outcome(task, mistake, arguments), got):
+            return [message]
+    return []
+
+
+def _equal(outcome: Any, other: Any) -> bool:
+    if isinstance(outcome, Exception) or isinstance(other, Exception):
+        return _error_text(outcome) == _error_text(other)
+    return not any(part.problem for part in compare(outcome, other, 1e-5, 1e-6))
+
+
+def _describe(error: Exception, function: Callable) -> str:
+    """The error, and the line of the learner's code that raised it."""
+    file = getattr(getattr(function, "__code__", None), "co_filename", "")
+    name = getattr(function, "__name__", "")
+    # The error of a rank has the traceback as text.
+    text = getattr(error, "traceback", "") or "".join(traceback.format_exception(error))
+    frames = re.findall(r'File "(.+?)", line (\d+),? in (\S+)', text)
+    numbers = [int(number) for path, number, where in frames if path == file or where == name]
+    if not numbers:
+        return _error_text(error)
+    source = linecache.getline(file, numbers[-1]).strip()
+    return f"{_error_text(error)}{INDENT}in line {numbers[-1]} of your cell: {source}"
+
+
+def _error_text(error: Any) -> str:
+    """The error in one line."""
+    text = f"{type(error).__name__}: {error}"
+    if hasattr(error, "rank"):
+        text = f"rank {error.rank}: {error.error}"
+    return text.strip().splitlines()[0]
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed the random numbers of Python, numpy and torch, and restore their states afterwards."""
+    torch = sys.modules.get("torch")  # Not imported for lessons that do not use it.
+    before = random.getstate(), np.random.get_state(), torch and torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    if torch:
+        torch.default_generator.manual_seed(0)
     try:
-        if isinstance(expected, torch.Tensor):
-            got = got.to(expected.dtype)
-            same_shape = expected.shape == got.shape
-            return same_shape and torch.allclose(expected, got, rtol=1e-3, atol=1e-4)
-        if isinstance(expected, float):
-            return math.isclose(float(got), expected, rel_tol=1e-3, abs_tol=1e-6)
-        return bool(expected == got)
-    except (TypeError, ValueError, AttributeError, RuntimeError):
-        return False
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        if torch:
+            torch.set_rng_state(before[2])
 
 
-def _format(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        shape = f"a tensor of shape {tuple(value.shape)}"
-        if value.numel() < 5:
-            return f"{shape} {[round(number, 4) for number in value.flatten().tolist()]}"
-        return f"{shape} with mean {value.float().mean():.4f}"
-    if value is ...:
-        return "nothing yet (...)"
-    if isinstance(value, Exception):
-        return f"{type(value).__name__}: {value}"
-    return repr(value)
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A function that the learner writes, and what is needed to check it and to help.
+
+    A result is wrong if abs(got - expected) > atol + rtol * abs(expected).
+    """
+
+    reference: Callable  # a solution
+    inputs: Callable[[], Iterable[tuple]]  # its arguments, random: drawn with a fixed seed
+    run: Callable | None = None  # run(function, *arguments) -> what to compare: from ranks, say
+    hints: list[str]  # from the idea to almost the code
+    # Wrong solutions, and what to tell a learner whose function has the same outcome. Use TIMEOUT
+    # for one in which ranks wait for each other.
+    mistakes: dict[Callable, str]
+    rtol: float = 1e-4
+    atol: float = 1e-5

@@ -18,6 +18,7 @@ LIGHT = [
     "cnnlab.events",
     "cnnlab.record",
     "cnnlab.machine",
+    "cnnlab.check",
     "cnnlab.measure.compare",
     "cnnlab.measure.scaling",
     "cnnlab.plots",

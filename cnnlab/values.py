@@ -1,0 +1,112 @@
+"""Compare two values part by part, and describe values and differences in one line each."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LONGEST = 200  # characters of a formatted value
+SEQUENCE = (list, tuple)  # A list equals a tuple with the same items.
+
+
+def compare(expected: Any, got: Any, rtol: float, atol: float, where: str = "") -> Iterator["Part"]:
+    """Compare tensors, arrays, numbers and other objects, also within lists and dictionaries.
+
+    Numbers are equal if abs(got - expected) <= atol + rtol * abs(expected), or if both are NaN.
+    Networks are compared by their parameters.
+    """
+    if hasattr(expected, "named_parameters") and type(got) is type(expected):
+        expected, got = dict(expected.named_parameters()), dict(got.named_parameters())
+    if isinstance(expected, dict) and isinstance(got, dict) and expected.keys() == got.keys():
+        for key in expected:
+            yield from compare(expected[key], got[key], rtol, atol, f"{where}{key}: ")
+    elif isinstance(expected, SEQUENCE) and isinstance(got, SEQUENCE) and len(expected) == len(got):
+        for number, (item, other) in enumerate(zip(expected, got, strict=True)):
+            yield from compare(item, other, rtol, atol, f"{where}item {number}: ")
+    else:
+        yield Part(where, expected, got, _problem(expected, got, rtol, atol))
+
+
+def format_value(value: Any) -> str:
+    """The value in a short line: shape, dtype and first numbers of tensors and arrays."""
+    if _is_array(value):
+        numbers = [f"{number:.4g}" for number in _numbers(value).flatten()[:5]]
+        if _numbers(value).size > 5:
+            numbers.append("...")
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{_kind(value)} {tuple(value.shape)} {dtype} [{', '.join(numbers)}]"
+    if isinstance(value, dict):
+        text = ", ".join(f"{key}: {format_value(item)}" for key, item in value.items())
+    elif isinstance(value, SEQUENCE):
+        text = f"[{', '.join(map(format_value, value))}]"
+    elif isinstance(value, float):
+        text = f"{value:.6g}"
+    elif isinstance(value, Exception):
+        text = f"{type(value).__name__}: {value}"
+    elif value is ...:
+        text = "nothing yet (...)"
+    else:
+        text = repr(value)
+        if "\n" in text:  # A network, say.
+            text = type(value).__name__
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
+
+
+def _problem(expected: Any, got: Any, rtol: float, atol: float) -> str:
+    """What is wrong, in one phrase, or nothing."""
+    if _is_array(expected):
+        return _array_problem(expected, got, rtol, atol)
+    try:
+        if isinstance(expected, float):
+            right = bool(np.isclose(float(got), expected, rtol, atol, equal_nan=True))
+        elif type(expected).__eq__ is object.__eq__:  # It has no meaning of equality.
+            right = type(got) is type(expected)
+        else:
+            right = bool(expected == got)
+    except (TypeError, ValueError, RuntimeError):
+        right = False
+    return "" if right else "these differ"
+
+
+def _array_problem(expected: Any, got: Any, rtol: float, atol: float) -> str:
+    if _kind(got) != _kind(expected):
+        return f"this must be a {_kind(expected)}, not a {_kind(got)}"
+    if got.shape != expected.shape:
+        return f"the shape is {tuple(got.shape)} instead of {tuple(expected.shape)}"
+    if got.dtype != expected.dtype:
+        return f"the dtype is {got.dtype} instead of {expected.dtype}"
+    right, numbers = _numbers(expected), _numbers(got)
+    wrong = ~np.isclose(numbers, right, rtol, atol, equal_nan=True)
+    if not wrong.any():
+        return ""
+    if np.isnan(numbers[wrong]).any():
+        return f"{np.isnan(numbers).sum()} of {numbers.size} numbers are NaN"
+    error = np.abs(numbers - right).max()
+    text = f"{wrong.sum()} of {wrong.size} numbers are wrong, the largest error is {error:.2g}"
+    factor = (numbers * right).sum() / ((right**2).sum() or 1)
+    if factor and np.allclose(numbers, factor * right, rtol, atol):
+        text += f": all numbers are {factor:.4g} times the expected ones"
+    return text
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def _kind(value: Any) -> str:
+    return "tensor" if hasattr(value, "detach") else type(value).__name__
+
+
+def _numbers(value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().double()  # NumPy has no bfloat16.
+    return np.asarray(value, dtype=float)
+
+
+class Part(NamedTuple):
+    """One number, tensor or other object in the compared values."""
+
+    where: str  # "rank 0: item 2: "
+    expected: Any
+    got: Any
+    problem: str  # Empty if it is right.

@@ -1,0 +1,87 @@
+"""The solutions of lesson 12 against plain PyTorch in one process and published figures."""
+
+import itertools
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+FILE = Path(__file__).parents[2] / "notebooks" / "solutions" / "12_model_parallel.py"
+TASKS = runpy.run_path(str(FILE))["TASKS"]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(1)
+
+
+def results(task_id, *arguments):
+    """The reference's result in each rank."""
+    task = TASKS[task_id]
+    return list(task.run(task.reference, *arguments).values())
+
+
+def test_the_pipeline_computes_the_loss_and_the_gradients_of_one_process():
+    ((stages, images, labels, shape),) = TASKS["12.1"].inputs()
+    first, last = results("12.1", stages, images, labels, shape)
+    network = torch.nn.Sequential(*stages)
+    loss = F.cross_entropy(network(images), labels)
+    loss.backward()
+    assert last["loss"] == pytest.approx(loss.item())
+    gradients = [*first["gradients"], *last["gradients"]]
+    for gradient, parameter in zip(gradients, network.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+@pytest.mark.parametrize("stages, micro_batches", [(1, 3), (2, 2), (4, 8), (8, 1)])
+def test_the_schedule_respects_dependencies_and_has_the_bubble_of_the_formula(
+    stages, micro_batches
+):
+    table = TASKS["12.2"].reference(stages, micro_batches)
+    for batch, stage in itertools.product(range(micro_batches), range(stages - 1)):
+        assert table[stage].index(f"F{batch}") < table[stage + 1].index(f"F{batch}")
+        assert table[stage + 1].index(f"B{batch}") < table[stage].index(f"B{batch}")
+    busy = [[(tick, tick + 1) for tick, entry in enumerate(row) if entry] for row in table]
+    assert all(len(spans) == 2 * micro_batches for spans in busy)
+    bubble = TASKS["12.3"].reference(busy)
+    assert bubble == pytest.approx((stages - 1) / (micro_batches + stages - 1))
+
+
+@pytest.mark.parametrize("task_id", ["12.4", "12.5"])
+def test_both_linear_layers_compute_the_outputs_of_one_process(task_id):
+    inputs, weight, bias = torch.randn(5, 6), torch.randn(8, 6), torch.randn(8)
+    for outputs in results(task_id, inputs, weight, bias):
+        torch.testing.assert_close(outputs, F.linear(inputs, weight, bias))
+
+
+def test_the_convolution_computes_all_channels_with_half_of_the_operations():
+    images, weight, bias = torch.randn(2, 3, 8, 8), torch.randn(6, 3, 3, 3), torch.randn(6)
+    for result in results("12.6", images, weight, bias):
+        torch.testing.assert_close(result["outputs"], F.conv2d(images, weight, bias, padding=1))
+        assert result["FLOPs"] == 2 * 2 * 3 * 9 * 3 * 64  # N, inputs, filter, outputs, H x W
+
+
+def test_zero1_updates_the_parameters_as_sgd_in_one_process():
+    start, gradients = torch.randn(8), torch.randn(3, 2, 8)
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    for step in gradients:
+        parameter.grad = step.mean(0)
+        optimizer.step()
+    momentum = optimizer.state[parameter]["momentum_buffer"]
+    for rank, result in enumerate(results("12.7", start, gradients, 0.1)):
+        torch.testing.assert_close(result["parameters"], parameter.detach())
+        torch.testing.assert_close(result["momentum"], momentum.chunk(2)[rank])
+
+
+@pytest.mark.parametrize("stage, gigabytes", [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_memory_is_that_of_the_zero_paper(stage, gigabytes):
+    memory = TASKS["12.8"].reference(7.5e9, 64, stage)
+    assert round(sum(memory.values()) / 1e9, 1) == gigabytes
+
+
+def test_the_balanced_cut_is_the_best_of_all():
+    assert TASKS["12.9"].reference([5, 1, 1, 1, 4, 4], 3) == (2, 5)
+    assert TASKS["12.9"].reference([1, 1, 4, 1, 1], 3) == (2, 3)
