@@ -1,0 +1,128 @@
+"""Calibrates the predictor on this machine: compute from one rank, the links from all-reduces."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+from cnnlab import machine
+from cnnlab.events import Started
+from cnnlab.launch.launcher import ranks, run
+from cnnlab.measure.compare import slowest_rank
+from cnnlab.measure.predictor import GBIT, predict
+from cnnlab.recipe import Recipe
+
+# Each rank trains the batch of this recipe on one thread: more ranks take more images per step.
+SIZE: dict[str, Any] = {"batch_size": 32, "steps": 14, "warmup_steps": 4}
+RECIPE = Recipe(model="ResNet9", data="synthetic", threads=1, evaluate=False, **SIZE)
+SWEEP_BYTES = tuple(2**power for power in range(14, 26, 2))  # 16 KiB to 16 MiB
+REPEATS = 3
+
+
+def predict_here(
+    counts: Sequence[int] = (2, 4), recipe: Recipe = RECIPE, say: Callable[[str], Any] = print
+) -> dict[str, Any]:
+    """Predict the throughput of several numbers of ranks, then measure it. `say` gets each figure.
+
+    Adds to what `predict()` returns the `machine`, the `recipe` of a rank, and `measured`: for each
+    number of ranks `ranks`, `images_per_s`, `efficiency`, and the `error` of the predicted images/s
+    (0.1: 10% too high).
+    """
+    if (load := psutil.cpu_percent(0.5)) > 20:
+        say(f"other programs use {load:.0f}% of this machine: expect larger errors")
+    alone, parameters = measure(recipe, 1)
+    say(f"1 rank of {recipe.model}: {alone:,.1f} images/s measured")
+    predictions, measured = [], []
+    for count in counts:
+        spec = spec_here(count, recipe, alone, parameters)
+        predicted = predict(spec)
+        predictions += predicted["predictions"]
+        link, images_per_s = spec["node"], predictions[-1]["images_per_s"]
+        links = f"{link['latency_us']:,.0f} us, {link['bandwidth_gbps']:.1f} Gbit/s"
+        say(f"{count} ranks: {images_per_s:,.1f} images/s predicted (all-reduce: {links})")
+    for prediction in predictions:
+        count = prediction["devices"]
+        images_per_s, _ = measure(recipe, count)
+        error = prediction["images_per_s"] / images_per_s - 1
+        say(f"{count} ranks: {images_per_s:,.1f} images/s measured, error {error:+.1%}")
+        row = {"ranks": count, "images_per_s": images_per_s, "error": error}
+        measured.append(row | {"efficiency": images_per_s / count / alone})
+    result = {"predictions": predictions, "assumptions": predicted["assumptions"]}
+    here = machine.describe().to_dict()
+    return result | {"machine": here, "recipe": recipe.to_dict(), "measured": measured}
+
+
+def spec_here(count: int, recipe: Recipe, alone: float, parameters: int) -> dict[str, Any]:
+    """The spec of `count` ranks here, one of which trains `alone` images/s by itself.
+
+    Cores that compute at once slow each other down (caches, memory, clock), as a convolution shows,
+    and ranks that outnumber the cores take turns. Communication takes the cores that backward
+    needs, so that nothing overlaps.
+    """
+    busy = min(count, machine.cores())
+    [idle_s], busy_s = ranks(time_convolution, 1), ranks(time_convolution, busy)
+    shared = idle_s / statistics.median(busy_s) * busy / count
+    latency_s, bytes_per_s = fit_link(ranks(time_all_reduces, count)[0], count)
+    link = {"bandwidth_gbps": bytes_per_s / GBIT, "latency_us": 1e6 * latency_s}
+    return {
+        "model": {"name": recipe.model, "parameters": parameters, "bytes_per_parameter": 4},
+        "device": {"images_per_s": alone, "batch": recipe.batch_size},
+        "node": {"devices": count, **link},
+        "network": link,
+        "overlap": False,
+        "algorithm": "ring",  # gloo's
+        "stack_efficiency": min(1.0, shared),
+        "devices": [count],
+    }
+
+
+def fit_link(seconds: Sequence[float], count: int) -> tuple[float, float]:
+    """(latency in s, bytes/s) of a ring of `count` ranks that all-reduces `SWEEP_BYTES`.
+
+    Least squares of the relative errors of the alpha-beta model.
+    """
+    per_byte, fixed = np.polyfit(SWEEP_BYTES, seconds, 1, w=1 / np.array(seconds))
+    messages = 2 * (count - 1)
+    return max(0.0, float(fixed) / messages), messages / count / max(float(per_byte), 1e-15)
+
+
+def measure(recipe: Recipe, count: int) -> tuple[float, int]:
+    """(median images/s of a few runs of `count` ranks, each with the recipe's batch; parameters)"""
+    recipe = recipe.replace(replicas=count, batch_size=count * recipe.batch_size)
+    runs = [list(run(recipe)) for _ in range(REPEATS)]
+    slowest: list[Any] = [slowest_rank(events, count) for events in runs]
+    [parameters] = {event.parameters for event in runs[0] if isinstance(event, Started)}
+    return statistics.median(finished.images_per_s for finished in slowest), parameters
+
+
+def time_all_reduces() -> list[float]:
+    """In a rank: median seconds of an all-reduce of each of `SWEEP_BYTES`."""
+    found = []
+    for bytes in SWEEP_BYTES:
+        tensor = torch.ones(bytes // 4)
+        seconds = []
+        for _ in range(12):
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_reduce(tensor)
+            seconds.append(time.perf_counter() - began)
+        found.append(statistics.median(seconds[2:]))
+    return found
+
+
+def time_convolution() -> float:
+    """In a rank: median seconds of forward and backward of a convolution."""
+    layer = torch.nn.Conv2d(64, 64, 3, padding=1)
+    images = torch.randn(RECIPE.batch_size, 64, 16, 16, requires_grad=True)
+    dist.barrier()
+    seconds: list[float] = []
+    while sum(seconds) < 1:
+        began = time.perf_counter()
+        layer(images).relu().sum().backward()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)

@@ -1,0 +1,43 @@
+"""Predicted and published efficiency of every published table. Prints the errors in points.
+
+    python tests/benchmarks/predictor_error.py
+
+All tables are predicted with the same defaults: nothing is fitted to a table.
+"""
+
+from collections.abc import Iterator
+
+from published import TABLES, Table
+
+from cnnlab.measure.predictor import predict
+
+
+def rows(tables: list[Table] = TABLES) -> Iterator[tuple[Table, int, float, float]]:
+    """(table, devices, predicted efficiency, published efficiency) of each row of each table."""
+    for table in tables:
+        predictions = predict(table.spec)["predictions"]
+        efficiency = {entry["devices"]: entry["efficiency"] for entry in predictions}
+        base = efficiency[min(table.rates)]
+        for devices, measured in table.measured.items():
+            yield table, devices, efficiency[devices] / base, measured
+
+
+def mean_error(tables: list[Table] = TABLES) -> float:
+    """Mean absolute error of the efficiency over all rows, in points."""
+    errors = [abs(predicted - measured) for _, _, predicted, measured in rows(tables)]
+    return 100 * sum(errors) / len(errors)
+
+
+def main() -> None:
+    print("| model, cluster | stack | devices | predicted | published | error in points |")
+    print("|-|-|-|-|-|-|")
+    for table, devices, predicted, measured in rows():
+        error = 100 * (predicted - measured)
+        figures = f"{100 * predicted:.1f}% | {100 * measured:.1f}% | {error:+.1f}"
+        print(f"| {table.name} | {table.stack} | {devices} | {figures} |")
+    count = sum(len(table.measured) for table in TABLES)
+    print(f"\nmean absolute error: {mean_error():.1f} points over {count} rows")
+
+
+if __name__ == "__main__":
+    main()
