@@ -212,7 +212,9 @@ def test_the_error_for_a_missing_record_lists_the_existing_ones(saved, tmp_path)
     message = "there is no record .*other.jsonl. The folder has run.jsonl"
     with pytest.raises(CnnlabError, match=message):
         record.load(tmp_path / "other.jsonl")
-    with pytest.raises(CnnlabError, match="there is no record .*nowhere.*The folder has no records"):
+    with pytest.raises(
+        CnnlabError, match="there is no record .*nowhere.*The folder has no records"
+    ):
         record.load(tmp_path / "nowhere" / "run.jsonl")
 
 
