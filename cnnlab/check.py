@@ -7,31 +7,23 @@ TASKS = {"12.1": Task(...), ...}.
 import copy
 import inspect
 import linecache
-import random
 import re
 import runpy
-import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cnnlab.recipe import CnnlabError
-from cnnlab.values import compare, format_value
+from cnnlab.values import difference, format_value
 
 TIMEOUT = "did not finish"  # part of the error when ranks wait for each other
 INDENT = "\n  "
 
 _hints_printed: Counter[str] = Counter()
-
-
-# Single answers
 
 
 def report(exercise: str, cases: Iterable[tuple[str, Any, Any]]) -> bool:
@@ -44,9 +36,8 @@ def report(exercise: str, cases: Iterable[tuple[str, Any, Any]]) -> bool:
     for description, expected, got in cases:
         correct = _matches(expected, got)
         solved &= correct
-        mark = "ok   " if correct else "wrong"
         values = f"expected {format_value(expected)}, got {format_value(got)}"
-        lines.append(f"{mark}  {description}: {values}")
+        lines.append(f"{'ok   ' if correct else 'wrong'}  {description}: {values}")
     print(f"Exercise {exercise}: {'solved.' if solved else 'not yet.'}", *lines, sep="\n")
     return solved
 
@@ -74,7 +65,7 @@ def _matches(expected: Any, got: Any) -> bool:
     if hasattr(expected, "detach") and hasattr(got, "detach"):
         got = got.to(expected.dtype)
         atol = 1e-4
-    return not any(part.problem for part in compare(expected, got, 1e-3, atol))
+    return not difference(expected, got, 1e-3, atol)
 
 
 # Functions that the learner writes
@@ -93,7 +84,7 @@ def build(task_id: str, function: Callable) -> Callable:
         return function
     print(f'Stuck? check.hint("{task_id}") prints a hint, check.solution("{task_id}") a solution.')
     print("Until your function is right, the lesson uses that solution.")
-    vars(task.reference)["is_reference"] = True
+    vars(task.reference)["is_reference"] = True  # A second `build` must not accept it.
     return task.reference
 
 
@@ -103,8 +94,6 @@ def hint(task_id: str) -> None:
     number = min(_hints_printed[task_id] + 1, len(hints))
     _hints_printed[task_id] = number
     print(f"Hint {number} of {len(hints)}: {hints[number - 1]}")
-    if number == len(hints):
-        print(f'There are no more hints. check.solution("{task_id}") prints a solution.')
 
 
 def solution(task_id: str) -> None:
@@ -114,17 +103,15 @@ def solution(task_id: str) -> None:
 
 def _find_task(task_id: str) -> "Task":
     lesson = task_id.partition(".")[0]
-    here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).parents[1] / "notebooks"):
+    repository = Path(__file__).parents[1]
+    for folder in (Path.cwd(), *Path.cwd().parents, repository / "notebooks"):
         for path in folder.glob(f"solutions/{lesson}_*.py"):
             tasks = runpy.run_path(str(path))["TASKS"]
             if task_id not in tasks:
                 raise CnnlabError(f"There is no task {task_id!r}. Choose from {', '.join(tasks)}.")
             return tasks[task_id]
-    raise CnnlabError(
-        f"Found no tasks of lesson {lesson!r}. Use the number of a task, such as '12.1', and keep "
-        "the folder 'solutions' next to the notebooks."
-    )
+    fix = "Keep the folder 'solutions' next to the notebooks."
+    raise CnnlabError(f"There is no task {task_id!r}: no file solutions/{lesson}_*.py. {fix}")
 
 
 def _examine(task: "Task", function: Callable) -> tuple[bool, list[str]]:
@@ -132,11 +119,9 @@ def _examine(task: "Task", function: Callable) -> tuple[bool, list[str]]:
     name = task.reference.__name__
     if hasattr(function, "is_reference"):
         return False, [f"This {name} is the solution. Run the cell with yours, then this one."]
-    with _seeded():
-        inputs = list(task.inputs())
     signature = inspect.signature(task.run or task.reference)
     names = [parameter for parameter in signature.parameters if parameter != "function"]
-    for values in inputs:
+    for values in _seeded(lambda: list(task.inputs())):
         arguments = dict(zip(names, values, strict=True))
         call = f"{name} for {format_value(arguments)}"
         got = _outcome(task, function, arguments)
@@ -149,24 +134,31 @@ def _examine(task: "Task", function: Callable) -> tuple[bool, list[str]]:
             return False, [call, _describe(got, function), *_explain(task, arguments, got)]
         if expected["result"] is None:  # The function only changes its arguments.
             got["result"] = None
-        parts = list(compare(expected, got, task.rtol, task.atol))
-        shown = next((part for part in parts if part.problem), parts[0])
-        lines = [call, f"{shown.where}expected {format_value(shown.expected)}"]
-        lines.append(f"{'got':>{len(shown.where) + 3}}      {format_value(shown.got)}")
-        if shown.problem:
-            return False, [*lines, shown.problem, *_explain(task, arguments, got)]
-    return True, lines
+        if lines := difference(expected, got, task.rtol, task.atol):
+            return False, [call, *lines, *_explain(task, arguments, got)]
+    part = next(name for name in expected if expected[name] is not None)
+    lines = [call, f"{part}: expected {format_value(expected[part])}"]
+    return True, [*lines, f"{part}: got      {format_value(got[part])}"]
 
 
 def _outcome(task: "Task", function: Callable, arguments: dict[str, Any]) -> Any:
     """What the function returns, and its arguments afterwards; or the error that it raises."""
     arguments = copy.deepcopy(arguments)
-    with _seeded():
-        try:
-            run = partial(task.run, function) if task.run else function
-            return _name_parts(run(*arguments.values()), arguments)
-        except Exception as error:  # a wrong answer, printed like any other
-            return error
+    run = partial(task.run, function) if task.run else function
+    try:
+        result = _seeded(lambda: run(*arguments.values()))
+    except Exception as error:  # a wrong answer, printed like any other
+        return error
+    return _name_parts(result, arguments)
+
+
+def _seeded(call: Callable[[], Any]) -> Any:
+    """call(), with torch's random numbers seeded, and their state restored afterwards."""
+    import torch  # Here, because it takes seconds.
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return call()
 
 
 def _name_parts(result: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -201,47 +193,31 @@ def _explain(task: "Task", arguments: dict[str, Any], got: Any) -> list[str]:
 def _equal(outcome: Any, other: Any) -> bool:
     if isinstance(outcome, Exception) or isinstance(other, Exception):
         return _error_text(outcome) == _error_text(other)
-    return not any(part.problem for part in compare(outcome, other, 1e-5, 1e-6))
+    return not difference(outcome, other, 1e-5, 1e-6)
 
 
 def _describe(error: Exception, function: Callable) -> str:
     """The error, and the line of the learner's code that raised it."""
     file = getattr(getattr(function, "__code__", None), "co_filename", "")
     name = getattr(function, "__name__", "")
-    # The error of a rank has the traceback as text.
+    message = f"rank {error.rank}: " if hasattr(error, "rank") else ""
+    message += _error_text(error)
+    # The error of a rank has the traceback, or the stack of a rank that waits, as text.
     text = getattr(error, "traceback", "") or "".join(traceback.format_exception(error))
     frames = re.findall(r'File "(.+?)", line (\d+),? in (\S+)', text)
     numbers = [int(number) for path, number, where in frames if path == file or where == name]
     if not numbers:
-        return _error_text(error)
-    source = linecache.getline(file, numbers[-1]).strip()
-    return f"{_error_text(error)}{INDENT}in line {numbers[-1]} of your cell: {source}"
+        return message
+    # The traceback of an error ends with the last call, the stack of a rank begins with it.
+    number = numbers[-1] if "Traceback" in text else numbers[0]
+    source = linecache.getline(file, number).strip()
+    return f"{message}{INDENT}in line {number} of your cell: {source}"
 
 
 def _error_text(error: Any) -> str:
-    """The error in one line."""
-    text = f"{type(error).__name__}: {error}"
-    if hasattr(error, "rank"):
-        text = f"rank {error.rank}: {error.error}"
+    """The error in one line, without the rank."""
+    text = error.error if hasattr(error, "rank") else f"{type(error).__name__}: {error}"
     return text.strip().splitlines()[0]
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Seed the random numbers of Python, numpy and torch, and restore their states afterwards."""
-    torch = sys.modules.get("torch")  # Not imported for lessons that do not use it.
-    before = random.getstate(), np.random.get_state(), torch and torch.get_rng_state()
-    random.seed(0)
-    np.random.seed(0)
-    if torch:
-        torch.default_generator.manual_seed(0)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        if torch:
-            torch.set_rng_state(before[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +228,7 @@ class Task:
     """
 
     reference: Callable  # a solution
-    inputs: Callable[[], Iterable[tuple]]  # its arguments, random: drawn with a fixed seed
+    inputs: Callable[[], Iterable[tuple]]  # its arguments, random: torch is seeded
     run: Callable | None = None  # run(function, *arguments) -> what to compare: from ranks, say
     hints: list[str]  # from the idea to almost the code
     # Wrong solutions, and what to tell a learner whose function has the same outcome. Use TIMEOUT

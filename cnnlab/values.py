@@ -1,37 +1,45 @@
 """Compare two values part by part, and describe values and differences in one line each."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-LONGEST = 200  # characters of a formatted value
+LONGEST = 160  # characters of a formatted value
 SEQUENCE = (list, tuple)  # A list equals a tuple with the same items.
 
 
-def compare(expected: Any, got: Any, rtol: float, atol: float, where: str = "") -> Iterator["Part"]:
-    """Compare tensors, arrays, numbers and other objects, also within lists and dictionaries.
+def difference(expected: Any, got: Any, rtol: float, atol: float, where: str = "") -> list[str]:
+    """Three lines about the first difference: what was expected, got, and is wrong; or no lines.
 
-    Numbers are equal if abs(got - expected) <= atol + rtol * abs(expected), or if both are NaN.
-    Networks are compared by their parameters.
+    Compares tensors, arrays, numbers and other objects, also in lists and dictionaries. Numbers are
+    equal if abs(got - expected) <= atol + rtol * abs(expected), or if both are NaN. Networks are
+    compared by their parameters.
     """
     if hasattr(expected, "named_parameters") and type(got) is type(expected):
         expected, got = dict(expected.named_parameters()), dict(got.named_parameters())
     if isinstance(expected, dict) and isinstance(got, dict) and expected.keys() == got.keys():
-        for key in expected:
-            yield from compare(expected[key], got[key], rtol, atol, f"{where}{key}: ")
+        parts = [(key, expected[key], got[key]) for key in expected]
     elif isinstance(expected, SEQUENCE) and isinstance(got, SEQUENCE) and len(expected) == len(got):
-        for number, (item, other) in enumerate(zip(expected, got, strict=True)):
-            yield from compare(item, other, rtol, atol, f"{where}item {number}: ")
+        parts = [(f"item {n}", expected[n], got[n]) for n in range(len(expected))]
+    elif problem := _problem(expected, got, rtol, atol):
+        return [
+            f"{where}expected {format_value(expected)}",
+            f"{where}got      {format_value(got)}",
+            problem,
+        ]
     else:
-        yield Part(where, expected, got, _problem(expected, got, rtol, atol))
+        return []
+    for name, item, other in parts:
+        if lines := difference(item, other, rtol, atol, f"{where}{name}: "):
+            return lines
+    return []
 
 
 def format_value(value: Any) -> str:
     """The value in a short line: shape, dtype and first numbers of tensors and arrays."""
     if _is_array(value):
-        numbers = [f"{number:.4g}" for number in _numbers(value).flatten()[:5]]
-        if _numbers(value).size > 5:
+        numbers = [f"{number:.4g}" for number in _numbers(value).flatten()[:4]]
+        if _numbers(value).size > 4:
             numbers.append("...")
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{_kind(value)} {tuple(value.shape)} {dtype} [{', '.join(numbers)}]"
@@ -101,12 +109,3 @@ def _numbers(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):
         value = value.detach().cpu().double()  # NumPy has no bfloat16.
     return np.asarray(value, dtype=float)
-
-
-class Part(NamedTuple):
-    """One number, tensor or other object in the compared values."""
-
-    where: str  # "rank 0: item 2: "
-    expected: Any
-    got: Any
-    problem: str  # Empty if it is right.

@@ -1,7 +1,6 @@
 """The checkers accept right answers, reject wrong ones, print both, and never raise."""
 
 import linecache
-import random
 
 import numpy as np
 import pytest
@@ -11,13 +10,9 @@ from cnnlab import check
 from cnnlab.recipe import CnnlabError
 
 TASK_FILE = """
-import random
-
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from cnnlab import ranks
 from cnnlab.check import Task
 
 
@@ -42,16 +37,7 @@ def table(n):
 
 
 def draw(n):
-    return random.random(), np.random.rand(n), torch.rand(n)
-
-
-def add_ranks(x):
-    dist.all_reduce(x)
-    return x
-
-
-def on_two_ranks(function, x):
-    return ranks(function, 2, x, timeout=5)
+    return torch.rand(n) + torch.rand(n)
 
 
 def of_array(x):
@@ -68,14 +54,7 @@ TASKS = {
     "98.2": Task(reference=clear, inputs=lambda: [([1, 2],)], hints=["h"], mistakes={}),
     "98.3": Task(reference=table, inputs=lambda: [(5,)], hints=["h"], mistakes={}),
     "98.4": Task(reference=draw, inputs=lambda: [(3,)], hints=["h"], mistakes={}),
-    "98.5": Task(
-        reference=add_ranks,
-        inputs=lambda: [(torch.ones(2),)],
-        run=on_two_ranks,
-        hints=["h"],
-        mistakes={},
-    ),
-    "98.6": Task(reference=of_array, inputs=lambda: [(np.ones(2),)], hints=["h"], mistakes={}),
+    "98.5": Task(reference=of_array, inputs=lambda: [(np.ones(2),)], hints=["h"], mistakes={}),
 }
 """
 
@@ -214,7 +193,7 @@ def test_a_right_function_is_returned_and_its_result_printed(build):
     solved, output = build("98.1", lambda x: x + x)
     assert solved
     assert "double for x: tensor (4,) float32 [" in output
-    assert "result: expected tensor (4,)" in output and "got      tensor (4,)" in output
+    assert "result: expected tensor (4,) float32" in output and "result: got      tensor" in output
 
 
 @pytest.mark.parametrize(
@@ -290,7 +269,7 @@ def test_a_function_that_changes_its_argument_is_compared_by_it(build):
         (lambda n: {"even": [0, 2], "total": n / 3}, "even: expected [0, 2, 4]"),
         (lambda n: {"even": [0, 2, 5], "total": n / 3}, "even: item 2: expected 4"),
         (lambda n: {"even": [0, 2, 4], "total": n}, "total: expected 1.66667"),
-        (lambda n: {"even": [0, 2, 4]}, "got      even: [0, 2, 4]"),
+        (lambda n: {"even": [0, 2, 4]}, "result: got      even: [0, 2, 4]"),
         (lambda n: {"even": [0, 2, 4], "total": None}, "total: expected 1.66667"),
     ],
 )
@@ -301,43 +280,21 @@ def test_the_wrong_part_of_a_result_is_named(wrong, phrase, build):
 
 
 def test_random_numbers_are_the_same_for_both_and_the_state_is_restored(build):
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    assert build("98.4", lambda n: [random.random(), np.random.rand(n), torch.rand(n)])[0]
-    assert not build("98.4", lambda n: [random.random(), np.random.rand(n), torch.ones(n)])[0]
-    assert random.getstate() == states[0]
-    assert np.random.get_state()[1].tolist() == states[1]
-    assert torch.equal(torch.get_rng_state(), states[2])
+    state = torch.get_rng_state()
+    assert build("98.4", lambda n: torch.rand(n) + torch.rand(n))[0]
+    assert not build("98.4", lambda n: torch.rand(n) + 0.5)[0]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_expected_nan_is_accepted(build):
-    assert build("98.6", lambda x: np.array([1.0, np.nan]))[0]
-    assert not build("98.6", lambda x: np.array([1.0, 0.0]))[0]
-
-
-def test_an_error_in_a_rank_is_shown_with_the_rank_and_the_line(build):
-    source = "import torch.distributed as dist\n\ndef add_ranks(x):\n"
-    source += "    dist.all_reduce(x)\n    return x[dist.get_rank() + 1]\n"
-    solved, output = build("98.5", cell(source, "add_ranks"))
-    assert not solved
-    assert "rank 1: IndexError: index 2 is out of bounds" in output
-    assert "in line 5 of your cell: return x[dist.get_rank() + 1]" in output
-
-
-def test_ranks_that_wait_for_each_other_are_shown_with_the_line(build):
-    source = "import torch.distributed as dist\n\ndef add_ranks(x):\n"
-    source += "    dist.recv(x, 1 - dist.get_rank())\n    return x\n"
-    solved, output = build("98.5", cell(source, "add_ranks"))
-    assert not solved
-    assert "it did not finish within 5 s" in output
-    assert "in line 4 of your cell: dist.recv(x, 1 - dist.get_rank())" in output
+    assert build("98.5", lambda x: np.array([1.0, np.nan]))[0]
+    assert not build("98.5", lambda x: np.array([1.0, 0.0]))[0]
 
 
 def test_hints_are_printed_one_after_the_other(lesson, capsys):
     for phrase in ["Hint 1 of 2: first hint", "Hint 2 of 2: second hint", "Hint 2 of 2"]:
         check.hint("98.1")
-        output = capsys.readouterr().out
-        assert phrase in output
-        assert ("There are no more hints." in output) == ("Hint 2" in output)
+        assert phrase in capsys.readouterr().out
 
 
 def test_the_solution_is_printed(lesson, capsys):
@@ -358,5 +315,5 @@ def test_tasks_are_found_from_a_folder_below_and_from_any_other_folder(
 def test_unknown_tasks_are_rejected(lesson):
     with pytest.raises(CnnlabError, match="no task '98.9'. Choose from 98.1, 98.2"):
         check.build("98.9", lambda x: x)
-    with pytest.raises(CnnlabError, match="no tasks of lesson '97'"):
+    with pytest.raises(CnnlabError, match="no task '97.1'.*Keep the folder"):
         check.hint("97.1")

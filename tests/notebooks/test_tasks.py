@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch.distributed as dist
 
 from cnnlab import check
 
@@ -82,7 +83,20 @@ def test_a_typical_mistake_is_explained_and_the_lesson_continues(task_id, mistak
     assert solution.__code__ == TASKS[task_id].reference.__code__
     output = capsys.readouterr().out
     assert f"Task {task_id}: not yet." in output
-    assert TASKS[task_id].mistakes[mistake] in output
+    message = TASKS[task_id].mistakes[mistake]
+    assert message in output
+    assert message != check.TIMEOUT or re.search(r"in line \d+ of your cell: \w+\.recv", output)
+
+
+def test_an_error_in_a_rank_is_shown_with_the_rank_and_the_line_and_no_traceback(capsys):
+    def row_parallel(inputs, weight, bias):
+        return inputs[dist.get_rank() + 3]
+
+    check.build("12.5", row_parallel)  # 4 rows
+    output = capsys.readouterr().out
+    assert "rank 1: IndexError: index 4 is out of bounds" in output
+    assert re.search(r"in line \d+ of your cell: return inputs\[dist.get_rank", output)
+    assert "Traceback" not in output and "worker.py" not in output
 
 
 @each_task
