@@ -6,17 +6,8 @@ from typing import Any
 import numpy as np
 
 from cnnlab.measure.compare import Measurement, speedup
-from cnnlab.plots.style import (
-    COLORS,
-    PREDICTED,
-    RECORDED,
-    REJECTED,
-    Axes,
-    color_of,
-    hide_frame,
-    label_at,
-    machine_label,
-)
+from cnnlab.plots import style
+from cnnlab.plots.style import COLORS, PREDICTED, Axes, color_of, hide_frame, label_at
 
 
 def speedup_bars(
@@ -30,8 +21,7 @@ def speedup_bars(
     `prediction` is the learner's, of the last speedup. `caveat` is what `compare.confounders`
     returns; it becomes the title.
     """
-    baseline, *_ = measurements.values()
-    unit = baseline.quartiles[1]
+    baseline = next(iter(measurements.values()))
     widest = 0.0
     for row, measurement in enumerate(measurements.values()):
         q1, median, q3 = measurement.quartiles
@@ -39,20 +29,21 @@ def speedup_bars(
         ax.barh(row, median, xerr=error, color=color_of(row), capsize=3, height=0.6)
         label = f"{median:,.0f}"
         if row > 0:
-            label += f"  ({_speedup_label(baseline, measurement)})"
+            gain = speedup(baseline, measurement)
+            note = "" if gain.significant else ": no significant difference"
+            label += f"  ({gain.value:.2f}x{note})"
         label_at(ax, label, q3, row)
         widest = max(widest, q3)
     right = 1.8 * widest  # room for the labels
     if prediction:
         last = len(measurements) - 1
-        x = prediction * unit
+        x = prediction * baseline.quartiles[1]
         ax.plot([x, x], [last - 0.4, last + 0.4], color=PREDICTED, linestyle=":", linewidth=2)
         ax.text(x, last - 0.42, "your prediction", ha="center", va="bottom", fontsize=9)
         right = max(right, 1.15 * x)
-    ax.set_xlim(0, right)
+    ax.set(xlim=(0, right), xlabel="images/s (median, quartiles)")
     ax.set_yticks(range(len(measurements)), list(measurements))
     ax.invert_yaxis()
-    ax.set_xlabel("images/s (median, quartiles)")
     if caveat:
         differences = ", ".join(f"{name} {values}" for name, values in caveat.items())
         ax.set_title(f"not the same work: {differences}", color=COLORS[1], fontsize=9)
@@ -73,24 +64,23 @@ def ladder_bars(
     `cnnlab ladder --json` writes it, drawn as diamonds. `running` names the rung being measured.
     """
     others = {rung["name"]: rung["speedup"] for rung in recorded["rungs"]} if recorded else {}
-    names = list(dict.fromkeys([rung["name"] for rung in rungs] + [running] + list(others)))
-    names = [name for name in names if name]
+    measured = [rung["name"] for rung in rungs]
+    names = [name for name in dict.fromkeys([*measured, running, *others]) if name]
     ends = [min(rung["speedup_ci"][1], 1.5 * rung["speedup"]) for rung in rungs]
     widest = max([2.0, prediction or 0.0, *ends, *others.values()])
     for row, rung in enumerate(rungs):
         _draw_rung(ax, row, rung, widest)
     if recorded and others:
         batch_size = recorded["recipe"]["batch_size"]
-        label = f"recorded: {machine_label(recorded['machine'])}, batch {batch_size}"
+        label = f"recorded: {style.machine_label(recorded['machine'])}, batch {batch_size}"
         rows = [names.index(name) for name in others]
-        marker: Any = {"color": RECORDED, "mfc": "none", "ms": 5, "zorder": 4}
-        ax.plot(list(others.values()), rows, "D", label=label, **marker)
+        diamond: Any = {"marker": "D", "ms": 5, "mfc": "none", "color": style.RECORDED, "ls": ""}
+        ax.plot(list(others.values()), rows, label=label, zorder=4, **diamond)
     if prediction:
         label = f"your prediction: {prediction:g}x"
         ax.axvline(prediction, color=PREDICTED, linestyle=":", linewidth=2, label=label)
     ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(max(len(names), 4) - 0.4, -0.6)
-    ax.set_xlim(0, 1.5 * widest)
+    ax.set(xlim=(0, 1.5 * widest), ylim=(max(len(names), 4) - 0.4, -0.6))
     ax.set_xlabel("speedup over the naive baseline (95% CI)")
     if others or prediction:
         ax.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none", borderpad=0.1)
@@ -109,27 +99,19 @@ def roofline(
     `points` is {name: (FLOP per byte, FLOP/s)}. The roof of `precision` is drawn bold.
     """
     intensity = np.logspace(-1, 4, 200)
-    precisions = [name for name in peaks if name != "copy"]
-    for number, name in enumerate(precisions):
+    for number, name in enumerate(name for name in peaks if name != "copy"):
         roof = np.minimum(peaks["copy"] * intensity, peaks[name]) / 1e9
         label = f"{name} peak {peaks[name] / 1e9:,.0f} GFLOP/s"
         width = 2.5 if name == precision else 1
         ax.loglog(intensity, roof, color=COLORS[number], linewidth=width, label=label)
     _draw_roofline_points(ax, points or {})
-    ax.set_xlabel("arithmetic intensity (FLOP per byte moved)")
-    ax.set_ylabel("GFLOP/s")
+    ax.set(xlabel="arithmetic intensity (FLOP per byte moved)", ylabel="GFLOP/s")
     ax.set_title(f"memory bandwidth: {peaks['copy'] / 1e9:.0f} GB/s copied", fontsize=10)
     ax.legend(frameon=False, fontsize=9, loc="lower right")
     hide_frame(ax)
 
 
-def _speedup_label(baseline: Measurement, measurement: Measurement) -> str:
-    gain = speedup(baseline, measurement)
-    note = "" if gain.significant else ": no significant difference"
-    return f"{gain.value:.2f}x{note}"
-
-
-def _draw_rung(ax: Axes, row: int, rung: Mapping[str, Any], widest: float) -> None:
+def _draw_rung(ax, row, rung, widest):
     low, high = rung["speedup_ci"]
     value = rung["speedup"]
     label = f"{value:.2f}x"
@@ -140,7 +122,7 @@ def _draw_rung(ax: Axes, row: int, rung: Mapping[str, Any], widest: float) -> No
     elif not rung["kept"]:
         slower = rung["over_below_ci"][1] < 1
         label += "  slower: not kept" if slower else "  no significant gain: not kept"
-        color, hatch = REJECTED, "//"
+        color, hatch = style.REJECTED, "//"
     ax.barh(row, value, color=color, height=0.6, hatch=hatch, edgecolor="white")
     if 0 < low < high < float("inf"):
         error = [[value - low], [high - value]]
@@ -148,7 +130,7 @@ def _draw_rung(ax: Axes, row: int, rung: Mapping[str, Any], widest: float) -> No
     label_at(ax, label, max(value, min(high, widest)), row, offset=6)
 
 
-def _draw_roofline_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+def _draw_roofline_points(ax, points):
     """Draw the points from the lowest up, and move a label up that would cover an earlier one."""
     labels: list[tuple[float, float]] = []
     ascending = sorted(points.items(), key=lambda item: item[1][1])

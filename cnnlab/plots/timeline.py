@@ -1,10 +1,8 @@
 """Where the time of a training step goes: a timeline of the ranks, and the parts of a step."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from cnnlab.events import Event, Finished, Progress, Started
+from cnnlab.events import Finished, Progress, Started
 from cnnlab.plots.style import COLORS, PHASES, Axes, Runs, hide_frame, legend_above_bars, round_up
 
 PARTS = {
@@ -15,8 +13,6 @@ PARTS = {
 
 # The legend leaves out exposed communication, which has the color of communication.
 PHASE_LABELS = {"waiting": "waiting for data", "exposed": "_"}
-
-COMPUTE_PHASES = ("forward", "backward", "update")
 
 
 def rank_timeline(ax: Axes, runs: Runs) -> None:
@@ -42,10 +38,10 @@ def rank_timeline(ax: Axes, runs: Runs) -> None:
         shift, width = (0.38, 24) if phase == "communication" else (0, 75)
         label = PHASE_LABELS.get(phase, phase)
         ax.hlines(rows + shift, left, right, color, linewidth=width / max(world, 3), label=label)
-    ax.set_xlim(0, round_up(1.1 * 1000 * max(end - begin, 0.001)))
+    right = round_up(1.1 * 1000 * max(end - begin, 0.001))
+    ax.set(xlim=(0, right), xlabel="milliseconds, latest steps")
     ax.set_ylim(world - 0.3, -1.1)  # the first row leaves room for the legend
     ax.set_yticks(range(world), [f"rank {rank}" for rank in range(world)])
-    ax.set_xlabel("milliseconds, latest steps")
     ax.spines[["top", "right"]].set_visible(False)
     legend_above_bars(ax, len(PHASES) - 1)
 
@@ -64,15 +60,14 @@ def step_breakdown(ax: Axes, runs: Runs) -> None:
             continue
         ax.barh(rows, widths, left=left, height=0.5, color=color, label=part)
         left = left + widths
-    ax.set_xlim(0, round_up(1.15 * max([1.0, *left])))
+    ax.set(xlim=(0, round_up(1.15 * max([1.0, *left]))), xlabel="milliseconds per step")
     ax.set_ylim(max(len(steps), 2) - 0.4, -1.1)  # the first row leaves room for the legend
     ax.set_yticks(rows, list(steps))
-    ax.set_xlabel("milliseconds per step")
     legend_above_bars(ax, len(PARTS))
     hide_frame(ax)
 
 
-def _step_parts(events: Sequence[Event]) -> list[float] | None:
+def _step_parts(events):
     """Milliseconds per step of rank 0 for each of `PARTS`; None if the run has no figures yet."""
     for event in reversed(events):
         if isinstance(event, Finished) and event.rank == 0:
@@ -83,15 +78,12 @@ def _step_parts(events: Sequence[Event]) -> list[float] | None:
     return None
 
 
-def _parts_of_spans(spans: list) -> list[float] | None:
+def _parts_of_spans(spans):
     steps = sum(phase == "waiting" for phase, _, _ in spans)
     if steps == 0:
         return None
-    compute = _total_seconds(spans, COMPUTE_PHASES)
-    waiting = _total_seconds(spans, ("waiting",))
-    exposed = _total_seconds(spans, ("exposed",))
-    return [1000 * seconds / steps for seconds in (compute, waiting, exposed)]
-
-
-def _total_seconds(spans: list, phases: Sequence[str]) -> float:
-    return sum(end - begin for phase, begin, end in spans if phase in phases)
+    seconds = dict.fromkeys(PHASES, 0.0)
+    for phase, begin, end in spans:
+        seconds[phase] += end - begin
+    compute = seconds["forward"] + seconds["backward"] + seconds["update"]
+    return [1000 * part / steps for part in (compute, seconds["waiting"], seconds["exposed"])]

@@ -89,19 +89,16 @@ class Panel(widgets.VBox):
         self.lock = threading.Lock()
         self.stop_event = threading.Event()  # of the newest run
         self.changed = threading.Event()  # since the last frame
-        self.thread: threading.Thread | None = None
-        self.started = False
+        self.thread: threading.Thread | None = None  # of the newest run
         self.display_id: str | None = None
         self.last_report = 0.0  # when the status line was last written
         self._make_widgets(hint)
         if follow:
             for control in controls.values():
                 control.observe(self._follow, "value")
-        buttons = [self.run_button, self.stop_button]
-        if explains:
-            buttons.append(self.why_button)
         rows = widgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"})
-        top = widgets.HBox([*buttons, self.bar, self.status])
+        why = [self.why_button] if explains else []
+        top = widgets.HBox([self.run_button, self.stop_button, *why, self.bar, self.status])
         super().__init__([rows, top, self.image, self.reason])
         self.add_class("cnnlab-panel")
 
@@ -110,17 +107,12 @@ class Panel(widgets.VBox):
         self.stop_button = _button("Stop", "stop", self.stop, disabled=True)
         self.why_button = _button("Why", "question", self.explain, disabled=True)
         self.bar = widgets.FloatProgress(min=0, max=1, layout={"width": "160px"})
-        self.status = widgets.HTML(hint)
-        self.status.add_class("cnnlab-status")
-        self.reason = widgets.HTML()
-        self.reason.add_class("cnnlab-reason")
-        figure = self.picture.figure
-        self.image = widgets.Image(
-            value=self.picture.png(self.draw),
-            format="png",
-            width=int(figure.get_figwidth() * figure.dpi),
-            layout={"max_width": "100%", "object_fit": "contain"},
-        )
+        self.status = widgets.HTML(hint).add_class("cnnlab-status")
+        self.reason = widgets.HTML().add_class("cnnlab-reason")
+        png = self.picture.png(self.draw)
+        width = int(self.picture.figure.bbox.width)
+        fitting = {"max_width": "100%", "object_fit": "contain"}
+        self.image = widgets.Image(value=png, format="png", width=width, layout=fitting)
         self.image.add_class("cnnlab-picture")
         for name, control in self.controls.items():
             control.add_class("cnnlab-" + re.sub(r"\W+|_", "-", name))
@@ -149,38 +141,34 @@ class Panel(widgets.VBox):
             self.thread.join()
 
     def _follow(self, _):
-        if self.started:
+        if self.thread:
             self.run()
 
     def _begin(self, work, take):
         with self.lock:
             self.stop_event.set()
             self.stop_event = threading.Event()
-            self.started = True
-            self.thread = threading.Thread(
-                target=self._supervise,
-                args=(work, take, self.values, self.stop_event, self.thread),
-                daemon=True,
-            )
+            args = (work, take, self.values, self.stop_event, self.thread)
+            self.thread = threading.Thread(target=self._supervise, args=args, daemon=True)
             self.thread.start()
 
     def _supervise(self, work, take, values, stop, previous):
         if previous:
             previous.join()
-        if stop.is_set():
-            self._finish("Stopped.", stop)
-            return
-        self.run_button.disabled = True
-        self.why_button.disabled = True
-        self.stop_button.disabled = False
-        self.bar.bar_style = ""
-        over = threading.Event()
-        drawer = threading.Thread(target=self._keep_drawing, args=(over,), daemon=True)
-        drawer.start()
-        line = self._consume(work, take, values, stop)
-        over.set()
-        drawer.join()
-        self._finish(line, stop)
+        line = "Stopped."
+        if not stop.is_set():
+            self.run_button.disabled = True
+            self.why_button.disabled = True
+            self.stop_button.disabled = False
+            self.bar.bar_style = ""
+            over = threading.Event()
+            drawer = threading.Thread(target=self._keep_drawing, args=(over,), daemon=True)
+            drawer.start()
+            line = self._consume(work, take, values, stop)
+            over.set()
+            drawer.join()
+        if self.stop_event is stop:  # no newer run has begun
+            self._finish(line)
 
     def _consume(self, work, take, values, stop):
         """Do the work and report its progress. Returns the last status line."""
@@ -197,11 +185,9 @@ class Panel(widgets.VBox):
             self.bar.bar_style = "warning"
             return f"<b>This cannot run:</b> {html.escape(str(error))}"
         except RankError as error:
-            details = f"{html.escape(error.error)}<pre>{html.escape(error.traceback)}</pre>"
-            self.bar.bar_style = "danger"
-            return f"<b>Rank {error.rank} failed:</b> {details}"
+            return self._failure(f"Rank {error.rank} failed", error.error, error.traceback)
         except Exception:  # an exception that ends a thread is lost
-            return self._failure("The panel failed")
+            return self._failure("The panel failed", "", traceback.format_exc())
         if stop.is_set():
             return f"Stopped. {line}"
         self.bar.bar_style = "success"
@@ -215,23 +201,22 @@ class Panel(widgets.VBox):
             self.reason.value = f"<pre>{html.escape(str(explanation))}</pre>"
             yield "the explanation is below the picture"
 
-    def _finish(self, line, stop):
-        """Get ready for the next Run, unless a newer one has already begun."""
-        if self.stop_event is not stop:
-            return
+    def _finish(self, line):
         self.status.value = line
         self.run_button.disabled = False
         self.stop_button.disabled = True
         self.why_button.disabled = not self.compared
         try:
-            self._keep_picture()
+            self.picture.png(self.draw)
+            self.image.value = self.picture.final()
+            if self.display_id:
+                self._publish(update=True)
         except Exception:
-            self.status.value = self._failure("The panel cannot draw")
+            self.status.value = self._failure("The panel cannot draw", "", traceback.format_exc())
 
-    def _failure(self, title):
-        """The status line for the exception that is being handled."""
+    def _failure(self, title, error, details):
         self.bar.bar_style = "danger"
-        return f"<b>{title}:</b><pre>{html.escape(traceback.format_exc())}</pre>"
+        return f"<b>{title}:</b> {html.escape(error)}<pre>{html.escape(details)}</pre>"
 
     def _report(self, fraction, line):
         """Show progress, at most as often as the picture: more would overload the browser."""
@@ -254,21 +239,13 @@ class Panel(widgets.VBox):
             pause = (time.thread_time() - begin) / REDRAW_SHARE
             over.wait(min(max(REDRAW_EVERY, pause), REDRAW_AT_LEAST_EVERY))
 
-    def _keep_picture(self):
-        """Leave the last picture in the notebook as an image, for pages that cannot run widgets."""
-        self.picture.png(self.draw)
-        self.image.value = self.picture.final()
-        if self.display_id:
-            self._publish(update=True)
-
     def _publish(self, update):
-        image = base64.b64encode(self.image.value).decode()
-        publish_display_data(
-            {**super()._repr_mimebundle_(), "image/png": image},
-            {"image/png": {"width": self.image.width}},
-            transient={"display_id": self.display_id},
-            update=update,
-        )
+        """Show the panel, and its picture as an image on pages that cannot run widgets."""
+        png = base64.b64encode(self.image.value).decode()
+        data = {**super()._repr_mimebundle_(), "image/png": png}
+        metadata = {"image/png": {"width": self.image.width}}
+        display_id = {"display_id": self.display_id}
+        publish_display_data(data, metadata, transient=display_id, update=update)
 
     def _ipython_display_(self):
         if os.environ.get("CNNLAB_UNATTENDED"):

@@ -7,15 +7,12 @@ from typing import Any
 import ipywidgets as widgets
 
 from cnnlab import machine
-from cnnlab.events import Event, Finished
+from cnnlab.events import Event
 from cnnlab.launch import launcher
 from cnnlab.measure.compare import Measurement, slowest_rank, speedup
 from cnnlab.measure.ladder import climb, ladder_result, techniques
 from cnnlab.measure.scaling import amdahl, fit_serial_fraction, gustafson
-from cnnlab.plots.runs import accuracy, loss
-from cnnlab.plots.scaling import scaling_curve
-from cnnlab.plots.speed import ladder_bars
-from cnnlab.plots.timeline import rank_timeline, step_breakdown
+from cnnlab.plots import accuracy, ladder_bars, loss, rank_timeline, scaling_curve, step_breakdown
 from cnnlab.recipe import Recipe
 from cnnlab.widgets.board import Panel, slider
 from cnnlab.widgets.picture import Picture
@@ -25,19 +22,18 @@ EARLIER_RUNS = 4  # that stay on the plot for comparison
 BASELINE = "one rank without DDP"
 
 Vary = Mapping[str, Sequence[Any]]  # fields of the recipe, and the values of their sliders
-Points = dict[int, tuple[Measurement, Measurement]]  # (baseline, measured) by number of ranks
 
 
-def _shorten_labels(runs: Mapping[str, list[Event]]) -> dict[str, list[Event]]:
+def _sliders(base, vary):
+    return {name: slider(name, values, getattr(base, name)) for name, values in vary.items()}
+
+
+def _shorten_labels(runs):
     """The runs, labeled only by the values that differ between them."""
-    if len(runs) < 2:
-        return dict(runs)
-    words = {label: label.split(", ") for label in runs}
-    common = set.intersection(*(set(parts) for parts in words.values()))
-    return {
-        ", ".join(word for word in words[label] if word not in common): events
-        for label, events in runs.items()
-    }
+    words = [label.split(", ") for label in runs]
+    common = set.intersection(*map(set, words)) if len(runs) > 1 else set()
+    labels = [", ".join(word for word in label if word not in common) for label in words]
+    return dict(zip(labels, runs.values(), strict=True))
 
 
 class TrainingPanel(Panel):
@@ -47,21 +43,17 @@ class TrainingPanel(Panel):
     events of the latest runs by label.
     """
 
-    def __init__(
-        self, base: Recipe, vary: Vary, draw: Sequence[Callable] = (loss, accuracy), **options: Any
-    ) -> None:
+    def __init__(self, base: Recipe, vary: Vary, draw: Sequence[Callable] = (loss, accuracy)):
         self.base = base
         self.plots = draw
         self.runs: dict[str, list[Event]] = {}
         self.events: list[Event] = []
-        sliders = {name: slider(name, values, getattr(base, name)) for name, values in vary.items()}
         picture = Picture(len(draw))
         if step_breakdown in draw:  # its rows need room for their labels
             picture = Picture(len(draw), (9.4, 3.1))
             picture.figure.subplots_adjust(wspace=0.42)
-        super().__init__(
-            sliders, self._work, self._take, self._draw, picture, explains=True, **options
-        )
+        controls = _sliders(base, vary)
+        super().__init__(controls, self._work, self._take, self._draw, picture, explains=True)
 
     @property
     def recipe(self) -> Recipe:
@@ -70,9 +62,9 @@ class TrainingPanel(Panel):
     def _work(self, values, stop):
         recipe = self.base.replace(**values)
         label = ", ".join(f"{name}={value}" for name, value in values.items()) or "unchanged"
-        earlier = {name: events for name, events in self.runs.items() if name != label}
+        earlier = [run for run in self.runs.items() if run[0] != label]
         self.events = []
-        self.runs = {**dict(list(earlier.items())[-EARLIER_RUNS:]), label: self.events}
+        self.runs = dict([*earlier[-EARLIER_RUNS:], (label, self.events)])
         others = [other for other in self.compared if other != recipe]
         self.compared = [*others[-1:], recipe]  # Why compares with the run before
         yield from launcher.run(recipe, stop)
@@ -106,18 +98,15 @@ class ScalingPanel(Panel):
     ) -> None:
         self.base = base
         self.prediction = prediction
-        self.points: dict[tuple, Points] = {}
+        self.points: dict[tuple, dict[int, tuple[Measurement, Measurement]]] = {}
         self.setting: tuple = (("scaling", "strong"),)
         self.shown = base  # the recipe whose figures are shown
         self.events: list[Event] = []
         self.label = ""
-        controls = {
-            "replicas": slider("replicas", ranks, ranks[min(1, len(ranks) - 1)]),
-            "scaling": widgets.ToggleButtons(options=["strong", "weak"], layout={"width": "260px"}),
-        }
-        controls["scaling"].style.button_width = "100px"
-        for name, values in (vary or {}).items():
-            controls[name] = slider(name, values, getattr(base, name))
+        scaling = widgets.ToggleButtons(options=["strong", "weak"], layout={"width": "260px"})
+        scaling.style.button_width = "100px"
+        replicas = slider("replicas", ranks, ranks[min(1, len(ranks) - 1)])
+        controls = {"replicas": replicas, "scaling": scaling, **_sliders(base, vary or {})}
         picture = Picture(2, (9.4, 3.4))
         picture.figure.subplots_adjust(wspace=0.23, top=0.91, bottom=0.15)
         super().__init__(controls, self._work, self._take, self._draw, picture, explains=True)
@@ -126,15 +115,12 @@ class ScalingPanel(Panel):
         """Run the ranks, then the baseline; only if both finish they become a repeat."""
         ranks = values.pop("replicas")
         self.setting = tuple(values.items())
-        weak = values.pop("scaling") == "weak"
+        if values.pop("scaling") == "weak":
+            values["batch_size"] = ranks * self.base.batch_size
+        strategy = self.base.strategy or "ddp"
+        recipe = self.base.replace(replicas=ranks, strategy=strategy, **values)
         baseline = self.base.replace(replicas=1, strategy=None)
-        recipe = self.base.replace(
-            replicas=ranks,
-            strategy=self.base.strategy or "ddp",
-            batch_size=self.base.batch_size * (ranks if weak else 1),
-            **values,
-        )
-        self.shown = self.base.replace(**values)
+        self.shown = recipe
         self.compared = [baseline, recipe]
         label = f"{plural(ranks, 'rank')} with DDP"
         ours = yield from self._run(label, recipe, stop)
@@ -150,25 +136,20 @@ class ScalingPanel(Panel):
         points[ranks] = (before[0].add(reference), before[1].add(ours))
         self.events = events  # of the ranks: their timeline stays in the picture
         self.label = label
-        yield ours, reference
+        yield 1.0, self._result(ours, reference)
 
     def _run(self, label, recipe, stop):
         """Yield the events of a run. Returns the figures of its slowest rank; None if stopped."""
         self.label = label
         self.events = []
-        finished = []
         for event in launcher.run(recipe, stop):
-            if isinstance(event, Finished):
-                finished.append(event)
+            self.events.append(event)
             yield event
-        if len(finished) < recipe.replicas:
-            return None
-        return slowest_rank(finished)
+        return slowest_rank(self.events, recipe.replicas)
 
     def _take(self, event):
-        if isinstance(event, tuple):  # both runs have finished
-            return 1.0, self._result(*event)
-        self.events.append(event)
+        if isinstance(event, tuple):  # the result of both runs
+            return event
         progress = status_line(event, self.events)
         if progress is None:
             return None
@@ -178,48 +159,43 @@ class ScalingPanel(Panel):
 
     def _result(self, ours, baseline):
         gain = ours.images_per_s / baseline.images_per_s
-        ranks = len({event.rank for event in self.events})
         line = (
             f"{self.label}: {ours.images_per_s:,.0f} images/s, a speedup of <b>{gain:.2f}</b> "
             f"over {BASELINE} ({baseline.images_per_s:,.0f})"
         )
         if ours.communication_s is not None:
-            share = ours.communication_s / ours.step_s
-            line += f"; {share:.0%} of a step is exposed communication"
-        return line + oversubscription_note(ranks, self.base.threads) + simulated_note(self.shown)
+            line += f"; {ours.communication_s / ours.step_s:.0%} of a step is exposed communication"
+        line += oversubscription_note(self.shown.replicas, self.shown.threads)
+        return line + simulated_note(self.shown)
 
     def _draw(self, axes):
-        rank_timeline(axes[0], {self.label: self.events})
-        self._draw_curve(axes[1])
-
-    def _draw_curve(self, ax):
+        timeline, ax = axes
+        rank_timeline(timeline, {self.label: self.events})
         weak = dict(self.setting)["scaling"] == "weak"
         law = gustafson if weak else amdahl
-        points = dict(self.points.get(self.setting, {}))
-        workers = sorted(points)
-        measured = [speedup(*points[n]) for n in workers]
+        points = sorted(self.points.get(self.setting, {}).items())
+        speedups = {ranks: speedup(*pair) for ranks, pair in points}
         # The laws do not know oversubscription: fit only ranks that have a core for each thread.
-        cores = machine.cores() // (self.base.threads or 1)
-        fitted = {n: s.value for n, s in zip(workers, measured, strict=True) if n <= cores}
+        most = machine.cores() // (self.shown.threads or 1)
+        fitted = {ranks: found.value for ranks, found in speedups.items() if ranks <= most}
         serial = None
         if max(fitted, default=1) > 1:
             serial = fit_serial_fraction(list(fitted), list(fitted.values()), law)
-        scaling_curve(ax, workers, measured, serial, self.prediction(), law)
-        ax.set_xlabel("ranks")
-        ax.set_ylabel(f"speedup over {BASELINE}")
+        measured = list(speedups.values())
+        scaling_curve(ax, list(speedups), measured, serial, self.prediction(), law)
         title = "weak scaling: one batch per rank" if weak else "strong scaling: one batch, split"
         ax.set_title(title + simulated_note(self.shown), fontsize=10)
-        ranks = self.controls["replicas"].options
-        ax.set_xticks(ranks)
-        ax.set_xlim(0.5, max(ranks) + 0.5)
+        choices = self.controls["replicas"].options
+        ax.set(xlabel="ranks", xticks=choices, xlim=(0.5, max(choices) + 0.5))
+        ax.set_ylabel(f"speedup over {BASELINE}")
 
 
 class LadderPanel(Panel):
     """A panel that climbs the ladder: choose the rungs, press Run, and the bars grow.
 
-    `.rungs` are those measured so far, as in JSON, and `.outcome` is the whole ladder once it is
-    finished. `prediction()` returns the learner's best speedup or None; `recorded` is the ladder of
-    another machine.
+    `.rungs` is {name: rung as in JSON} of those measured so far, `.outcome` the whole ladder once
+    it is finished. `prediction()` returns the learner's best speedup or None; `recorded` is the
+    ladder of another machine.
     """
 
     def __init__(
@@ -234,14 +210,14 @@ class LadderPanel(Panel):
         self.seconds = seconds
         self.prediction = prediction
         self.recorded = recorded
-        self.rungs: list[dict[str, Any]] = []
+        self.rungs: dict[str, dict[str, Any]] = {}
         self.running: str | None = None
         self.outcome: dict[str, Any] | None = None
         self.possible, self.impossible = techniques(machine.describe())
         options: Any = {"value": True, "indent": False, "layout": {"width": "190px"}}
         controls = {name: widgets.Checkbox(description=name, **options) for name in self.possible}
-        options = {"value": repeats, "min": 2, "max": 10, "continuous_update": False}
-        controls["repeats"] = widgets.IntSlider(description="repeats", **options)
+        options = {"description": "repeats", "continuous_update": False}
+        controls["repeats"] = widgets.IntSlider(repeats, 2, 10, **options)
         picture = Picture(1, (8.8, 4.2))
         picture.figure.subplots_adjust(left=0.25, bottom=0.13, top=0.97)
         missing = html.escape("; ".join(f"no {name}" for name in self.impossible))
@@ -249,28 +225,27 @@ class LadderPanel(Panel):
         super().__init__(controls, self._work, self._take, self._draw, picture, False, hint)
 
     def _work(self, values, stop):
-        self.rungs = []
+        self.rungs = {}
         self.outcome = None
         chosen = {name: change for name, change in self.possible.items() if values[name]}
-        self.total = len(chosen)
-        self.done = 0
         climbed = {}
         for rung in climb(self.base, chosen, values["repeats"], self.seconds, stop):
             climbed[rung.name] = rung
-            yield rung
+            done = sum(climbed[name].kept is not None for name in chosen if name in climbed)
+            yield done / max(1, len(chosen)), rung
         if not stop.is_set():
             self.outcome = ladder_result(climbed.values(), self.impossible)
 
-    def _take(self, rung):
+    def _take(self, event):
+        fraction, rung = event
+        repeats = len(rung.measurement.images_per_s)
         measuring = rung.kept is None
         self.running = rung.name if measuring else None
-        if rung.measurement.images_per_s and not rung.failed:
-            rows = {row["name"]: row for row in self.rungs}
-            self.rungs = list({**rows, rung.name: rung.to_dict()}.values())
-        state = f"run {len(rung.measurement.images_per_s) + 1}" if measuring else "done"
-        if not measuring and rung.name != "baseline":
-            self.done += 1
-        return self.done / max(1, self.total), f"{rung.name}: {state}"
+        if repeats and not rung.failed:
+            self.rungs[rung.name] = rung.to_dict()
+        state = f"run {repeats + 1}" if measuring else "done"
+        return fraction, f"{rung.name}: {state}"
 
     def _draw(self, axes):
-        ladder_bars(axes[0], self.rungs, self.prediction(), self.recorded, self.running)
+        rungs = list(self.rungs.values())
+        ladder_bars(axes[0], rungs, self.prediction(), self.recorded, self.running)

@@ -18,10 +18,10 @@ def _frame(ax: Any) -> list[Any]:
     for axis in (ax.xaxis, ax.yaxis):
         ticks = axis.get_majorticklocs()
         labels = axis.get_major_formatter().format_ticks(ticks)
-        parts += [axis.get_view_interval(), ticks, labels, axis.get_label_text()]
+        parts += [*axis.get_view_interval(), *ticks, *labels, axis.get_label_text()]
     if ax.get_legend():
         parts += [text.get_text() for text in ax.get_legend().get_texts()]
-    return [part.tolist() if isinstance(part, np.ndarray) else part for part in parts]
+    return parts
 
 
 class Picture:
@@ -31,8 +31,8 @@ class Picture:
     image that is drawn again only if they change.
     """
 
-    def __init__(self, axes: int = 2, size: tuple[float, float] = (8.0, 3.1), dpi: int = 100):
-        self.figure = Figure(figsize=size, dpi=dpi)
+    def __init__(self, axes: int = 2, size: tuple[float, float] = (8.0, 3.1)) -> None:
+        self.figure = Figure(figsize=size, dpi=100)
         self.canvas = FigureCanvasAgg(self.figure)
         self.axes = self.figure.subplots(1, axes, squeeze=False)[0]
         self.figure.subplots_adjust(left=0.07, right=0.97, bottom=0.16, top=0.9, wspace=0.2)
@@ -45,8 +45,9 @@ class Picture:
             ax.clear()
         draw(self.axes)
         frame = [_frame(ax) for ax in self.axes]
-        data = [artist for ax in self.axes for artist in (*ax.lines, *ax.collections)]
-        data += [artist for ax in self.axes for artist in (*ax.patches, *ax.texts)]
+        data = []
+        for ax in self.axes:
+            data += [*ax.lines, *ax.collections, *ax.patches, *ax.texts]
         if frame != self.frame:
             for artist in data:
                 artist.set_animated(True)  # leaves it out of the background

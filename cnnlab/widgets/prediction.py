@@ -8,14 +8,10 @@ import ipywidgets as widgets
 class Prediction(widgets.VBox):
     """A question that the learner answers with a number. `.value` is None before the answer."""
 
-    def __init__(
-        self, question: str, unit: str = "x", least: float = 0.0, most: float = 1e6
-    ) -> None:
+    def __init__(self, question: str, unit: str = "x", most: float = 1e6) -> None:
         self.value: float | None = None
         self.unit = unit
-        self.box = widgets.BoundedFloatText(
-            value=least, min=least, max=most, step=0.1, layout={"width": "110px"}
-        )
+        self.box = widgets.BoundedFloatText(max=most, step=0.1, layout={"width": "110px"})
         self.button = widgets.Button(description="This is my guess", button_style="info")
         self.button.on_click(self.commit)
         self.answer = widgets.HTML()

@@ -11,15 +11,13 @@ def status_line(event: Event, events: Sequence[Event]) -> tuple[float, str] | No
     """(fraction done, status line) of an event, given the run's events; None if it has no news."""
     if isinstance(event, Progress):
         started = next(e for e in events if isinstance(e, Started))
-        line = (
-            f"step {event.step} of {started.steps}, epoch {event.epoch}: "
-            f"loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s"
-        )
+        line = f"step {event.step} of {started.steps}, epoch {event.epoch}: "
+        line += f"loss {event.losses[-1]:.3f}, {event.images_per_s:,.0f} images/s"
         line += oversubscription_note(started.world, started.threads)
         return event.step / started.steps, line + simulated_note(started.recipe)
     if isinstance(event, Finished):
-        rate = f"{event.images_per_s:,.0f} images/s"
-        line = f"{event.images:,} images in {event.seconds:.1f} s: {rate}"
+        line = f"{event.images:,} images in {event.seconds:.1f} s: "
+        line += f"{event.images_per_s:,.0f} images/s"
         if event.accuracy is not None:
             line += f", held-out accuracy {100 * event.accuracy:.1f}%"
         return 1.0, line
@@ -28,9 +26,7 @@ def status_line(event: Event, events: Sequence[Event]) -> tuple[float, str] | No
 
 def simulated_note(recipe: Recipe) -> str:
     """A warning for figures that a simulated network has slowed down; empty for others."""
-    if recipe.latency_ms or recipe.bandwidth_mbit:
-        return ", SIMULATED network"
-    return ""
+    return ", SIMULATED network" if recipe.latency_ms or recipe.bandwidth_mbit else ""
 
 
 def oversubscription_note(ranks: int, threads: int | None) -> str:

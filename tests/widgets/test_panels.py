@@ -173,7 +173,7 @@ def test_no_text_of_a_ladder_is_cut_off():
         name for gpus in (("A", "B"), ()) for name in ladder.techniques(replace(here, gpus=gpus))[0]
     }
     figures = {"speedup": 1.0, "speedup_ci": [0.9, 3.0], "over_below_ci": [0.9, 3.0], "kept": False}
-    panel.rungs = [{"name": name, **figures} for name in names]
+    panel.rungs = {name: {"name": name, **figures} for name in names}
     panel.picture.png(panel.draw)
     figure, [ax] = panel.picture.figure, panel.picture.axes
     for text in (*ax.get_yticklabels(), *ax.get_xticklabels(), *ax.texts, ax.xaxis.label):
@@ -221,7 +221,7 @@ def test_the_scaling_panel_adds_a_point_for_each_number_of_ranks():
     board = widgets.ScalingPanel(SHORT.replace(threads=1), ranks=(1, 2), prediction=lambda: guess)
     for count in (2, 1, 2):
         board.controls["replicas"].value = count
-        if not board.started:  # after the first Run, moving the slider runs again
+        if not board.thread:  # after the first Run, moving the slider runs again
             board.run()
         board.wait()
         assert "a speedup of" in board.status.value, board.status.value
