@@ -30,16 +30,15 @@ MISTAKES = [
 each_task = pytest.mark.parametrize("task_id", TASKS)
 
 
-def returns_none(*_):
-    pass
+def stub(outcome):
+    """A function that is not written yet. Ranks get local functions by value."""
 
+    def unwritten(*_):
+        if outcome is NotImplementedError:
+            raise NotImplementedError
+        return outcome
 
-def returns_dots(*_):
-    return ...
-
-
-def raises_not_implemented(*_):
-    raise NotImplementedError
+    return unwritten
 
 
 def without_spaces(text):
@@ -67,10 +66,10 @@ def test_the_reference_solves_the_task(task_id, capsys):
     assert "expected" in output and "got" in output
 
 
-@pytest.mark.parametrize("stub", [returns_none, returns_dots, raises_not_implemented])
+@pytest.mark.parametrize("outcome", [None, ..., NotImplementedError])
 @each_task
-def test_a_stub_is_not_written_yet_and_the_lesson_continues(task_id, stub, capsys):
-    solution = check.build(task_id, stub)
+def test_a_stub_is_not_written_yet_and_the_lesson_continues(task_id, outcome, capsys):
+    solution = check.build(task_id, stub(outcome))
     assert solution.__code__ == TASKS[task_id].reference.__code__
     output = capsys.readouterr().out
     assert f"{solution.__name__} is not written yet." in output
