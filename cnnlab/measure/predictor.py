@@ -181,14 +181,16 @@ def _layer_buckets(values, limit):
     """As `_remaining_buckets`. A bucket takes layers, the last one first, until it is full."""
     layers = values["model.layers"]
     all_shares = sum(layer["backward_share"] for layer in layers)
-    ready, sizes = [], [0.0]
-    share = 0.0
+    ready, sizes = [0.0], [0.0]
+    done = 0.0
     for layer in reversed(layers):
-        share += layer["backward_share"] / all_shares
-        sizes[-1] += layer["parameters"] * values["model.bytes_per_parameter"]
-        if sizes[-1] >= limit or layer is layers[0]:
-            ready.append(share)
-            sizes.append(0.0)
+        done += layer["backward_share"] / all_shares
+        if layer["parameters"]:
+            if sizes[-1] >= limit:
+                ready.append(done)
+                sizes.append(0.0)
+            ready[-1] = done
+            sizes[-1] += layer["parameters"] * values["model.bytes_per_parameter"]
     return [(ready[i], len(ready) - i, sum(sizes[i:])) for i in range(len(ready))]
 
 

@@ -113,13 +113,25 @@ def test_even_layers_are_the_default():
     assert column("exposed_communication_s", layered) == pytest.approx(default)
 
 
-def test_buckets_of_layers_without_parameters_are_not_lost():
-    first_is_empty = [
-        {"parameters": 0, "backward_share": 0.5},
-        EVEN_LAYERS[0] | {"backward_share": 0.5},
+def test_a_bucket_takes_layers_until_it_is_full():
+    # Buckets of 40, 40 and 20 MB, the last one at the end of backward: 20 ms for 2 ranks.
+    spec = {**SPEC, "overlap": True, "bucket_mb": 35e6 / 2**20, "devices": [2]}
+    spec = changed("model.layers", EVEN_LAYERS, spec)
+    assert column("exposed_communication_s", spec) == pytest.approx([0.02])
+    # 3 buckets of 2 messages of 1 s: the first is ready 0.4 s before the end of backward.
+    slow = changed("network.latency_us", 1e6, spec)
+    assert column("exposed_communication_s", slow) == pytest.approx([6 + 0.1 - 0.4])
+
+
+def test_layers_without_parameters_have_no_bucket_and_delay_none():
+    layers = [
+        {"parameters": 0, "backward_share": 0.5},  # 1/3 s, in which half of the bytes are sent
+        {"parameters": 25e6, "backward_share": 0.5},
     ]
-    spec = changed("model.layers", first_is_empty, changed("model.parameters", 2.5e6))
-    assert column("exposed_communication_s", spec, devices=[2]) == pytest.approx([0.01])
+    spec = {**changed("model.layers", layers), "overlap": True, "devices": [2], "bucket_mb": 1}
+    assert column("exposed_communication_s", spec) == [0]
+    slow = changed("network.latency_us", 1e6, spec)  # one bucket of 2 messages
+    assert column("exposed_communication_s", slow) == pytest.approx([2 + 0.1 - 1 / 3])
 
 
 @pytest.mark.parametrize("algorithm", ["ring", "tree", "hierarchical"])
