@@ -38,7 +38,7 @@ def throughput(ax: Axes, runs: Runs) -> None:
     """Draw images/s of all ranks together, without the warm-up, against seconds of training."""
     highest = 1.0
     for number, (label, events) in enumerate(runs.items()):
-        timed = [e for e in _of_rank_0(events, Progress) if not e.warming_up]
+        timed = [e for e in events if isinstance(e, Progress) and e.rank == 0 and not e.warming_up]
         rates = [e.images_per_s for e in timed]
         ax.plot([e.seconds for e in timed], rates, ".-", color=color_of(number), label=label)
         highest = max([highest, *rates])
@@ -76,12 +76,8 @@ def loss_curve(events: Sequence[Event], by: str = "images") -> tuple[np.ndarray,
     return points[:, column], points[:, 2]
 
 
-def _of_rank_0(events, kind):
-    return [event for event in events if isinstance(event, kind) and event.rank == 0]
-
-
 def _accuracy_curve(events, kind, by):
-    points = _of_rank_0(events, kind)
+    points = [event for event in events if isinstance(event, kind) and event.rank == 0]
     percent = [100 * point.accuracy for point in points]
     if by == "seconds":
         return [point.seconds for point in points], percent

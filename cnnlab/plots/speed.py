@@ -22,7 +22,6 @@ def speedup_bars(
     returns; it becomes the title.
     """
     baseline = next(iter(measurements.values()))
-    widest = 0.0
     for row, measurement in enumerate(measurements.values()):
         q1, median, q3 = measurement.quartiles
         error = [[median - q1], [q3 - median]]
@@ -33,8 +32,7 @@ def speedup_bars(
             note = "" if gain.significant else ": no significant difference"
             label += f"  ({gain.value:.2f}x{note})"
         label_at(ax, label, q3, row)
-        widest = max(widest, q3)
-    right = 1.8 * widest  # room for the labels
+    right = 1.8 * max(m.quartiles[2] for m in measurements.values())  # room for the labels
     if prediction:
         last = len(measurements) - 1
         x = prediction * baseline.quartiles[1]
