@@ -67,7 +67,8 @@ def prediction_curve(
     ax.plot(devices, parts[0], color=COLORS[0], marker="o" if len(rows) < 30 else "", clip_on=False)
     for number, (label, points) in enumerate((published or {}).items()):
         percent = [100 * value for value in points.values()]
-        ax.plot(list(points), percent, "D", label=label, color=color_of(number + 2), mec="white")
+        color = color_of(number + 2)
+        ax.plot(list(points), percent, "D", label=label, color=color, mec="white", clip_on=False)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:,.0f}")
     if len(rows) < 8:
