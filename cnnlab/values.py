@@ -65,7 +65,7 @@ def _problem(expected: Any, got: Any, rtol: float, atol: float) -> str:
     if _is_array(expected):
         return _array_problem(expected, got, rtol, atol)
     try:
-        if isinstance(expected, float):
+        if isinstance(expected, (float, np.floating)):
             right = bool(np.isclose(float(got), expected, rtol, atol, equal_nan=True))
         elif type(expected).__eq__ is object.__eq__:  # It has no meaning of equality.
             right = type(got) is type(expected)
@@ -83,22 +83,25 @@ def _array_problem(expected: Any, got: Any, rtol: float, atol: float) -> str:
         return f"the shape is {tuple(got.shape)} instead of {tuple(expected.shape)}"
     if got.dtype != expected.dtype:
         return f"the dtype is {got.dtype} instead of {expected.dtype}"
+    if "int" in str(expected.dtype):
+        rtol = 0
     right, numbers = _numbers(expected), _numbers(got)
     wrong = ~np.isclose(numbers, right, rtol, atol, equal_nan=True)
     if not wrong.any():
         return ""
     if np.isnan(numbers[wrong]).any():
         return f"{np.isnan(numbers).sum()} of {numbers.size} numbers are NaN"
-    error = np.abs(numbers - right).max()
+    error = np.abs(numbers[wrong] - right[wrong]).max()
     text = f"{wrong.sum()} of {wrong.size} numbers are wrong, the largest error is {error:.2g}"
-    factor = (numbers * right).sum() / ((right**2).sum() or 1)
-    if factor and np.allclose(numbers, factor * right, rtol, atol):
-        text += f": all numbers are {factor:.4g} times the expected ones"
+    if wrong.size > 1 and np.isfinite(numbers).all():
+        factor = (numbers * right).sum() / ((right**2).sum() or 1)
+        if factor and np.allclose(numbers, factor * right, rtol, atol):
+            text += f": all numbers are {factor:.5g} times the expected ones"
     return text
 
 
 def _is_array(value: Any) -> bool:
-    return hasattr(value, "dtype") and hasattr(value, "shape")
+    return isinstance(value, np.ndarray) or hasattr(value, "detach")
 
 
 def _kind(value: Any) -> str:

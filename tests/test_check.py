@@ -74,6 +74,11 @@ TASKS = {
         ((1, 2), (1, 2)),
         (torch.ones(2), torch.ones(2)),
         (torch.ones(2), torch.ones(2) + 1e-5),
+        (np.float64(0.5), 0.5),
+        (0.5, np.float32(0.5)),
+        (float("inf"), float("inf")),
+        (np.array([1.0, np.inf]), np.array([1.0, np.inf])),
+        ([1, {"a": 0.5}], (1, {"a": 0.50001})),
     ],
     ids=repr,
 )
@@ -100,6 +105,10 @@ def test_a_right_answer_solves_the_exercise(expected, got, capsys):
         (torch.ones(2), None),
         (True, None),
         ((1, 2), (1, 3)),
+        (torch.tensor([10_000]), torch.tensor([10_001])),
+        (np.array([1.0, np.inf]), np.array([np.inf, 1.0])),
+        (np.array([1.0, np.nan]), np.array([1.0, 2.0])),
+        ({"a": 1}, {"b": 1}),
     ],
     ids=repr,
 )
