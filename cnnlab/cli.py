@@ -1,4 +1,4 @@
-"""The command line: `python -m cnnlab doctor | train | ladder | predict | replay`.
+"""The command line: `python -m cnnlab doctor | train | ladder | replay`.
 
 tyro makes an option of each field of these classes and of `Recipe`, with its comment as help.
 """
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from tyro.conf import FlagConversionOff, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from cnnlab import machine, record
-from cnnlab.console import doctor_lines, prediction_lines, rung_line, show
+from cnnlab.console import rung_line, show
 from cnnlab.events import Event
 from cnnlab.launch.failures import PEER_ERRORS, RankError
 from cnnlab.recipe import CnnlabError, Data, Model, Recipe
@@ -28,7 +28,6 @@ FULL: dict[str, Any] = {"learning_rate": 0.001, "batch_size": 128, "steps": 22, 
 File = Annotated[Path | None, arg(metavar="FILE")]
 Folder = Annotated[Path | None, arg(metavar="DIR")]
 RecipeFile = Annotated[Path | None, arg(metavar="[RECIPE.json]")]
-SpecFile = Annotated[Path | None, arg(metavar="[SPEC.json]")]
 RecordFile = Annotated[Path, arg(metavar="RECORD.jsonl")]
 
 
@@ -54,18 +53,18 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse(words: Sequence[str] | None) -> "Doctor | Train | Ladder | Predict | Replay":
+def parse(words: Sequence[str] | None) -> "Doctor | Train | Ladder | Replay":
     """The command with its options. Exits with 2 if an option or the type of a value is wrong."""
 
     def cli(train: Train) -> Any:
         train_command = Annotated[Train, tyro.conf.subcommand(default=train)]
-        commands = Doctor | train_command | Ladder | Predict | Replay
+        commands = Doctor | train_command | Ladder | Replay
         about = "Train one CNN, measure it honestly, make it faster."
         return tyro.cli(commands, prog="python -m cnnlab", description=about, args=words)
 
     command = cli(Train())
     if isinstance(command, Train) and command.recipe_file:
-        recipe = Recipe.from_dict(read_json(command.recipe_file, "recipe"))
+        recipe = read_recipe(command.recipe_file)
         command = cli(Train(recipe=RecipeOptions(**recipe.to_dict())))
     return command
 
@@ -88,8 +87,27 @@ class Doctor:
         print("measuring ...", end="\r", file=sys.stderr)
         here = machine.describe()
         peaks = measure_peaks()
-        for line in doctor_lines(here, peaks):
-            print(line)
+        emulated = [name for name, native in here.hardware.items() if not native]
+        rows: dict[str, Any] = {
+            "processor": here.name,
+            "system": here.system,
+            "cores": here.cores,
+            "memory": f"{here.memory_gib} GiB",
+            "instruction sets": ", ".join(here.units) or "none known",
+            "GPUs": ", ".join(here.gpus) or "none",
+            "C++ compiler": here.compiler or "none",
+            "in hardware": ", ".join(name for name in here.hardware if name not in emulated),
+            "emulated": ", ".join(emulated) or "none",
+            **here.versions,
+        }
+        for name, value in peaks.items():
+            if name != "copy":
+                rows[f"peak {name}"] = f"{value / 1e9:,.0f} GFLOP/s measured"
+        rows["copy bandwidth"] = f"{peaks['copy'] / 1e9:.1f} GB/s measured (reads and writes)"
+        for name, value in rows.items():
+            print(f"{name:24} {value}")
+        for name, reason in here.missing.items():
+            print(f"missing: {name:15} {reason}")
         if self.json:
             result = {"machine": here.to_dict(), "versions": here.versions, "peaks": peaks}
             record.write_json(self.json, result)
@@ -211,35 +229,6 @@ class Ladder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict:
-    """Predict the throughput of a cluster, or of this machine."""
-
-    spec_file: Positional[SpecFile] = None  # a cluster on paper, see cnnlab/measure/predictor.py
-    here: FlagCreatePairsOff[bool] = False  # predict more ranks on this machine, then run them
-    json: File = None  # write the predictions as JSON
-    png: File = None  # draw them
-
-    def run(self) -> None:
-        from cnnlab.measure.predictor import predict
-
-        if self.here == bool(self.spec_file):
-            raise CnnlabError("predict needs a SPEC.json or --here, and not both.")
-        for path in filter(None, (self.json, self.png)):
-            record.check_writable(path)
-        if self.spec_file:
-            result = predict(read_json(self.spec_file, "spec"))
-            print("\n".join(prediction_lines(result)))
-        else:
-            from cnnlab.measure.calibrate import predict_here
-
-            result = predict_here()
-        if self.json:
-            record.write_json(self.json, result)
-        if self.png:
-            draw_prediction(result, self.png)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Replay:
     """Print a recorded run."""
 
@@ -256,29 +245,25 @@ class Replay:
 
 
 def draw_ladder(result: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
     from cnnlab.plots import speed, style
 
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    speed.ladder_bars(figure.subplots(), result["rungs"])
     place = f"{style.machine_label(result['machine'])}, torch {result['versions']['torch']}"
-    with style.saved_figure(path, f"{result['recipe']['model']} on {place}") as ax:
-        speed.ladder_bars(ax, result["rungs"])
+    figure.suptitle(f"{result['recipe']['model']} on {place}", fontsize=10)
+    figure.savefig(path, dpi=150, format="png")
 
 
-def draw_prediction(result: dict[str, Any], path: Path) -> None:
-    from cnnlab.plots import scaling, style
-
-    measured = {row["ranks"]: row["efficiency"] for row in result.get("measured", [])}
-    with style.saved_figure(path) as ax:
-        points = {"measured here": measured} if measured else {}
-        scaling.prediction_curve(ax, result["predictions"], points)
-
-
-def read_json(path: Path, kind: str) -> Any:
+def read_recipe(path: Path) -> Recipe:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CnnlabError(f"the {kind} {path} cannot be read: {error.strerror}.") from None
+        raise CnnlabError(f"the recipe {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
-        raise CnnlabError(f"the {kind} {path} is not valid JSON: {error}.") from None
+        raise CnnlabError(f"the recipe {path} is not valid JSON: {error}.") from None
+    return Recipe.from_dict(values)
 
 
 def save_run(folder: Path, recipe: Recipe, stream: Iterable[Event]) -> Iterator[Event]:

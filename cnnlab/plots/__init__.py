@@ -1,7 +1,7 @@
 """Pure `draw(ax, data)` functions on empty axes, the same for live, recorded and tested runs."""
 
 from cnnlab.plots.runs import accuracy, loss, loss_curve, throughput
-from cnnlab.plots.scaling import prediction_curve, scaling_curve
+from cnnlab.plots.scaling import scaling_curve
 from cnnlab.plots.speed import ladder_bars, roofline, speedup_bars
 from cnnlab.plots.style import COLORS, PHASES, PREDICTED, RECORDED, REJECTED, machine_label
 from cnnlab.plots.timeline import rank_timeline, step_breakdown
@@ -17,7 +17,6 @@ __all__ = [
     "loss",
     "loss_curve",
     "machine_label",
-    "prediction_curve",
     "rank_timeline",
     "roofline",
     "scaling_curve",

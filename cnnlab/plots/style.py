@@ -1,8 +1,6 @@
 """Colors, labels and axis limits that all plots share."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -42,17 +40,6 @@ def machine_label(machine: Mapping[str, Any]) -> str:
 def color_of(number: int) -> str:
     """The color of the run or bar with this number; colors repeat after six."""
     return COLORS[number % len(COLORS)]
-
-
-@contextmanager
-def saved_figure(path: Path, title: str = "") -> Iterator[Axes]:
-    """Axes to draw on. At the end of the block, the figure is written to `path` as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    yield figure.subplots()
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150, format="png")
 
 
 def round_up(value: float) -> float:

@@ -349,36 +349,6 @@ def test_the_scaling_curve_shows_points_and_law(ax):
     render(ax)
 
 
-def prediction(devices, efficiency, exposed_s=0.1, jitter_s=0.05):
-    return {
-        "devices": devices,
-        "efficiency": efficiency,
-        "step_s": 1.0,
-        "exposed_communication_s": exposed_s,
-        "jitter_s": jitter_s,
-    }
-
-
-def test_the_prediction_curve_shows_where_a_step_goes_and_published_points(ax):
-    predictions = [prediction(1, 1.0, 0, 0), prediction(100_000, 0.7), prediction(1000, 0.8)]
-    plots.prediction_curve(ax, predictions, {"DGX": {8: 0.97, 64: 0.9}})
-    curve, published = ax.lines
-    assert points(curve) == ([1, 1000, 100_000], pytest.approx([100, 80, 70]))
-    assert points(published) == ([8, 64], pytest.approx([97, 90]))
-    tops = [area.get_paths()[0].vertices[:, 1].max() for area in ax.collections]
-    assert len(tops) == 4 and tops[-1] == pytest.approx(100)  # nothing of the step is missing
-    assert ax.get_xscale() == "log" and ax.get_xlim() == (1, 100_000)
-    assert "DGX" in texts(ax) and "exposed communication" in texts(ax)
-    render(ax)
-    assert "100,000" in texts(ax)
-
-
-def test_a_single_prediction_can_be_drawn(ax):
-    plots.prediction_curve(ax, [prediction(4, 0.5)])
-    assert points(ax.lines[0]) == ([4], [50])
-    render(ax)
-
-
 def spans(start):
     """A step of a rank: 10 ms waiting, 20 forward, 30 backward with communication, 5 update."""
     edges = [

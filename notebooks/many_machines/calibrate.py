@@ -9,12 +9,12 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from many_machines.predictor import GBIT, predict
 
 from cnnlab import machine
 from cnnlab.events import Started
 from cnnlab.launch.launcher import ranks, run
 from cnnlab.measure.compare import slowest_rank
-from cnnlab.measure.predictor import GBIT, predict
 from cnnlab.recipe import Recipe
 
 # Each rank trains the batch of this recipe on one thread: more ranks take more images per step.

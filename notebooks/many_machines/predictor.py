@@ -13,8 +13,8 @@ import difflib
 from typing import Any
 
 import numpy as np
+from many_machines.cost_models import ALGORITHMS, COST_ROWS, Cluster, expected_maximum
 
-from cnnlab.measure.cost_models import ALGORITHMS, COST_ROWS, Cluster, expected_maximum
 from cnnlab.recipe import CnnlabError
 
 MIB = 2**20

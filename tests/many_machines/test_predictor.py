@@ -1,17 +1,17 @@
 """The predictor at points that can be computed by hand, its limits, and its errors."""
 
 import copy
-import importlib
 import json
 import time
 
 import numpy as np
 import pytest
 from helpers import REPOSITORY
+from many_machines import cost_models, predictor_error
+from many_machines.cost_models import COST_ROWS, Cluster, expected_maximum
+from many_machines.predictor import DEFAULTS, FIELDS, predict
+from many_machines.published import TABLES
 
-from cnnlab.measure import cost_models
-from cnnlab.measure.cost_models import COST_ROWS, Cluster, expected_maximum
-from cnnlab.measure.predictor import DEFAULTS, FIELDS, predict
 from cnnlab.parallel.simulated_network import all_reduce_seconds
 from cnnlab.recipe import CnnlabError
 
@@ -443,33 +443,29 @@ def test_invalid_layers_are_rejected(layer, message):
         predict(changed("model.layers", [good, layer]))
 
 
-BENCHMARKS = REPOSITORY / "tests" / "benchmarks"
+BENCHMARKS_PAGE = REPOSITORY / "tests" / "benchmarks" / "README.md"
 MEAN_ERROR = 5.0  # points of efficiency, over all published tables, old frameworks included
 
 
-def test_published_tables_are_predicted_within_the_tolerance(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    predictor_error = importlib.import_module("predictor_error")
+def test_published_tables_are_predicted_within_the_tolerance(capsys):
     assert sum(1 for _ in predictor_error.rows()) > 80
     assert predictor_error.mean_error() < MEAN_ERROR
-    recent = [table for table in predictor_error.TABLES if "TensorFlow 1" not in table.stack]
+    recent = [table for table in TABLES if "TensorFlow 1" not in table.stack]
     assert predictor_error.mean_error(recent) < 3.0
     predictor_error.main()
     assert f"{predictor_error.mean_error():.1f} points" in capsys.readouterr().out
 
 
-def test_no_published_table_sets_a_constant_of_the_predictor(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_no_published_table_sets_a_constant_of_the_predictor():
     fitted = {"network.efficiency", "overlap", "bucket_mb", "jitter", "stack_efficiency"}
-    for table in importlib.import_module("published").TABLES:
+    for table in TABLES:
         assumptions = predict(table.spec)["assumptions"]
         given = {name for name in assumptions if assumptions[name]["origin"].startswith("given")}
         assert not given & fitted, table.name
 
 
-def test_the_benchmarks_page_lists_the_errors_as_they_are(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    importlib.import_module("predictor_error").main()
-    page = (BENCHMARKS / "README.md").read_text()
+def test_the_benchmarks_page_lists_the_errors_as_they_are(capsys):
+    predictor_error.main()
+    page = BENCHMARKS_PAGE.read_text()
     for line in capsys.readouterr().out.splitlines():
         assert line in page

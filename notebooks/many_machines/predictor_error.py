@@ -1,15 +1,14 @@
 """Predicted and published efficiency of every published table. Prints the errors in points.
 
-    python tests/benchmarks/predictor_error.py
+    python -m many_machines.predictor_error    # in the folder notebooks
 
 All tables are predicted with the same defaults: nothing is fitted to a table.
 """
 
 from collections.abc import Iterator
 
-from published import TABLES, Table
-
-from cnnlab.measure.predictor import predict
+from many_machines.predictor import predict
+from many_machines.published import TABLES, Table
 
 
 def rows(tables: list[Table] = TABLES) -> Iterator[tuple[Table, int, float, float]]:
