@@ -16,14 +16,16 @@ def scaling_curve(
     serial: float | None = None,
     prediction: Mapping[int, float] | None = None,
     law: Callable = amdahl,
+    until: int = 2,
 ) -> None:
     """Draw measured speedups next to the ideal line and the curve of a scaling law.
 
     `measured` has a `Speedup` for each entry of `workers`. `law` is `amdahl` for strong scaling and
     `gustafson` for weak scaling; its curve is drawn if the `serial` fraction is given. `prediction`
-    is the learner's: {workers: speedup}.
+    is the learner's: {workers: speedup}. The lines end at `until` workers, or at the most measured.
     """
-    n = np.linspace(1, max([2, *workers]), 50)
+    end = max([until, *workers])
+    n = np.linspace(1, end, 50)
     ax.plot(n, n, "--", color=REJECTED, label="ideal")
     if serial is not None:
         label = f"{law.__name__.title()}, {100 * serial:.0f}% serial"
@@ -35,11 +37,11 @@ def scaling_curve(
         x, y = list(guesses), list(guesses.values())
         ax.plot(x, y, "x", color=PREDICTED, markersize=9, label="your prediction")
     values = [speedup.value for speedup in measured]
-    ax.set_ylim(0, 1.1 * max([2, *workers, *values, *guesses.values()]))
+    ax.set_ylim(0, 1.1 * max([end, *values, *guesses.values()]))
     ax.set_xticks(sorted({1, *workers}))
     ax.set_xlabel("workers")
     ax.set_ylabel(f"speedup over {measured[0].baseline}" if measured else "speedup")
-    ax.legend(frameon=False, fontsize=9, loc="upper left")
+    ax.legend(fontsize=9, loc="upper left", framealpha=0.9, edgecolor="none")
     hide_frame(ax)
 
 

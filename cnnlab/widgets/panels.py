@@ -181,11 +181,12 @@ class ScalingPanel(Panel):
         serial = None
         if max(fitted, default=1) > 1:
             serial = fit_serial_fraction(list(fitted), list(fitted.values()), law)
+        choices = self.controls["replicas"].options
         measured = list(speedups.values())
-        scaling_curve(ax, list(speedups), measured, serial, self.prediction(), law)
+        guess = self.prediction()
+        scaling_curve(ax, list(speedups), measured, serial, guess, law, until=max(choices))
         title = "weak scaling: one batch per rank" if weak else "strong scaling: one batch, split"
         ax.set_title(title + simulated_note(self.shown), fontsize=10)
-        choices = self.controls["replicas"].options
         ax.set(xlabel="ranks", xticks=choices, xlim=(0.5, max(choices) + 0.5))
         ax.set_ylabel(f"speedup over {BASELINE}")
 
