@@ -160,7 +160,7 @@ def test_an_earlier_frame_leaves_no_trace(ax, short_run, draw):
     runs = {"run": short_run, "other": short_run[:-1]}
     draw(ax, runs)
     once = render(ax)
-    for end in (3, 6):
+    for end in (1, 3):
         ax.clear()
         draw(ax, {"run": short_run[:end]})
         assert not np.array_equal(render(ax), once)
