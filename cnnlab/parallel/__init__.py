@@ -1,1 +1,1 @@
-"""How ranks work together: data parallelism, asynchronous updates, a simulated network."""
+"""How ranks work together: data-parallel training, asynchronous updates, a simulated network."""

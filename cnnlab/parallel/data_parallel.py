@@ -1,4 +1,4 @@
-"""Data parallelism: DDP, the ring all-reduce by hand, and averaging parameters (local SGD)."""
+"""Data-parallel training: DDP, the ring all-reduce by hand, parameter averaging (local SGD)."""
 
 import time
 from collections.abc import Callable

@@ -51,7 +51,8 @@ def slider(name: str, values: Sequence[Any], value: Any) -> widgets.SelectionSli
 
 
 def _button(label, icon, on_click, **options):
-    button = widgets.Button(description=label, icon=icon, layout={"width": "90px"}, **options)
+    layout = {"width": "90px", "flex": "0 0 auto"}  # A long status line does not squeeze it.
+    button = widgets.Button(description=label, icon=icon, layout=layout, **options)
     button.on_click(on_click)
     button.add_class(f"cnnlab-{label.lower()}")
     return button
@@ -106,7 +107,7 @@ class Panel(widgets.VBox):
         self.run_button = _button("Run", "play", self.run, button_style="primary")
         self.stop_button = _button("Stop", "stop", self.stop, disabled=True)
         self.why_button = _button("Why", "question", self.explain, disabled=True)
-        self.bar = widgets.FloatProgress(min=0, max=1, layout={"width": "160px"})
+        self.bar = widgets.FloatProgress(min=0, max=1, layout={"flex": "0 0 160px"})
         self.status = widgets.HTML(hint).add_class("cnnlab-status")
         self.reason = widgets.HTML().add_class("cnnlab-reason")
         png = self.picture.png(self.draw)

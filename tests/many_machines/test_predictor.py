@@ -168,7 +168,7 @@ def test_accumulation_reduces_exposed_communication_per_image(overlap):
     slow = {**slow, "overlap": overlap, "devices": [2, 16, 1000]}
     once = column("exposed_communication_s", slow)
     four = column("exposed_communication_s", slow, accumulate=4)
-    assert four == pytest.approx(once)  # a step, which has four times as many images
+    assert four == pytest.approx(once)  # a step, which has four micro-batches
     assert column("compute_s", slow, accumulate=4) == pytest.approx([4, 4, 4])
     gain = np.array(column("images_per_s", slow, accumulate=4)) / column("images_per_s", slow)
     assert (gain > 1.5).all()
