@@ -111,6 +111,7 @@ def time_all_reduces() -> list[float]:
 
 def time_convolution() -> list[float]:
     """In a rank: median seconds of forward and backward of a convolution."""
+    torch.set_num_threads(1)  # as in `RECIPE`: a rank that is alone would use all cores
     layer = torch.nn.Conv2d(64, 64, 3, padding=1)
     images = torch.randn(32, 64, 16, 16, requires_grad=True)
     return [median_seconds(lambda: layer(images).relu().sum().backward(), calls=50)]
