@@ -145,3 +145,14 @@ def short_run():
     from cnnlab.training.loop import train
 
     return list(train(Recipe(batch_size=128, epochs=2, threads=1)))
+
+
+@pytest.fixture
+def ax():
+    """Axes that are drawn without a screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3))
+    FigureCanvasAgg(figure)
+    return figure.subplots()

@@ -5,8 +5,10 @@ import os
 import signal
 import time
 import urllib.request
+import warnings
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 REPOSITORY = Path(__file__).parents[1]
@@ -181,3 +183,22 @@ def kill_myself(marks, times=1):
             file.write("x")
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def render(ax):
+    """The pixels of the figure. Warnings while drawing are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax.figure.canvas.draw()
+    return np.asarray(ax.figure.canvas.buffer_rgba()).copy()
+
+
+def points(line):
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+def texts(ax):
+    shown = [*ax.texts, *ax.get_xticklabels(), *ax.get_yticklabels(), ax.title]
+    if ax.get_legend():
+        shown += ax.get_legend().get_texts()
+    return " ".join(text.get_text() for text in shown)

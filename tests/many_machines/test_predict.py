@@ -1,16 +1,13 @@
 """The command that predicts: what it prints, writes, draws and rejects."""
 
 import json
-import warnings
 from functools import partial
 
-import numpy as np
 import pytest
+from helpers import points, render, texts
 from many_machines import calibrate
 from many_machines.predict import main, prediction_curve
 from many_machines.predictor import predict
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from cnnlab.recipe import Recipe
 
@@ -39,13 +36,6 @@ INVALID = {
 
 
 @pytest.fixture
-def ax():
-    figure = Figure(figsize=(6, 3))
-    FigureCanvasAgg(figure)
-    return figure.subplots()
-
-
-@pytest.fixture
 def files(tmp_path, monkeypatch):
     """The current folder, with specs that can and cannot be used."""
     texts = {"words": "{not json", "list": "[1, 2]", "typo": '{"batchsize": 3}', "null": "null"}
@@ -55,27 +45,6 @@ def files(tmp_path, monkeypatch):
         (tmp_path / f"{name}.json").write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def render(ax):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ax.figure.canvas.draw()
-    return np.asarray(ax.figure.canvas.buffer_rgba()).copy()
-
-
-def points(line):
-    return list(line.get_xdata()), list(line.get_ydata())
-
-
-def texts(ax):
-    shown = [*ax.texts, *ax.get_xticklabels(), *ax.get_yticklabels(), ax.title]
-    if ax.get_legend():
-        shown += ax.get_legend().get_texts()
-    return " ".join(text.get_text() for text in shown)
-
-
-# Curves
 
 
 @pytest.mark.parametrize("words", INVALID)

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from helpers import points, render, texts
 
 from cnnlab import plots
 from cnnlab.events import Evaluated, Failed, Finished, Progress, Started
@@ -15,24 +14,6 @@ from cnnlab.plots import style
 from cnnlab.recipe import Recipe
 
 CURVES = [plots.loss, plots.accuracy, plots.throughput]
-
-
-@pytest.fixture
-def ax():
-    figure = Figure(figsize=(6, 3))
-    FigureCanvasAgg(figure)
-    return figure.subplots()
-
-
-def render(ax):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ax.figure.canvas.draw()
-    return np.asarray(ax.figure.canvas.buffer_rgba()).copy()
-
-
-def points(line):
-    return list(line.get_xdata()), list(line.get_ydata())
 
 
 def bars(ax):
@@ -58,13 +39,6 @@ def rung(name, speedup=1.0, kept=True, ci=None):
         "below": "baseline",
         "kept": kept,
     }
-
-
-def texts(ax):
-    shown = [*ax.texts, *ax.get_xticklabels(), *ax.get_yticklabels(), ax.title]
-    if ax.get_legend():
-        shown += ax.get_legend().get_texts()
-    return " ".join(text.get_text() for text in shown)
 
 
 # Curves
