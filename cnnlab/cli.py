@@ -132,12 +132,13 @@ class Train:
 
     def run(self) -> None:
         """Train in new processes; under torchrun, as one of its ranks, of which rank 0 prints."""
-        recipe = Recipe(**self.recipe.to_dict())
+        values = self.recipe.to_dict()
         checkpoints = str(self.checkpoint) if self.checkpoint else None
         if under_torchrun():
             from cnnlab.launch.worker import train_under_torchrun
 
-            recipe = recipe.replace(replicas=int(os.environ["WORLD_SIZE"]))
+            model_ranks = values["stages"] * values["tensor_ranks"]
+            recipe = Recipe(**{**values, "replicas": int(os.environ["WORLD_SIZE"]) // model_ranks})
             stream = train_under_torchrun(recipe, checkpoints)
             if os.environ["RANK"] != "0":
                 exhaust(stream)
@@ -145,6 +146,7 @@ class Train:
         else:
             from cnnlab.launch.launcher import run
 
+            recipe = Recipe(**values)
             stream = run(recipe, checkpoints=checkpoints, max_restarts=self.max_restarts)
         if self.record:
             stream = save_run(self.record, recipe, stream)

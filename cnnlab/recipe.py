@@ -19,8 +19,10 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Pooling = Literal["after-relu", "before-relu"]
 Compiler = Literal["eager", "inductor", "inductor-except-pool"]
-Strategy = Literal[None, "ddp", "ring", "local-sgd", "async"]
+Strategy = Literal[None, "ddp", "ring", "local-sgd", "async", "zero1", "fsdp", "tensor", "pipeline"]
+PipelineSchedule = Literal["gpipe", "1f1b", "interleaved"]
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
+SHARDED = ("zero1", "fsdp", "tensor", "pipeline")  # no rank holds all of the training state
 
 
 class CnnlabError(ValueError):
@@ -62,8 +64,14 @@ class Recipe:
     pooling: Pooling = "after-relu"  # before-relu: the same values from less work
     compiler: Compiler = "eager"  # inductor: torch.compile; except-pool: max-pooling stays eager
 
-    replicas: int = 1  # ranks, each with a copy of the model and a share of every batch
-    strategy: Strategy = None  # how replicas stay in sync; None: ddp for several replicas
+    replicas: int = 1  # copies of the model, each trained on its share of every batch
+    strategy: Strategy = None  # how ranks share the work; None: ddp for several replicas
+    stages: int = 1  # ranks of each replica, with consecutive layers (pipeline only)
+    micro_batches: int = 1  # parts of a batch that follow one another in a pipeline
+    pipeline_schedule: PipelineSchedule = "gpipe"  # order of forward and backward in a pipeline
+    tensor_ranks: int = 1  # ranks of each replica, with a part of every layer (tensor only)
+    recompute: bool = False  # free activations, and compute them again in the backward pass
+    memory_limit_mib: int | None = None  # memory a rank may use for training; None: all there is
     compression: Compression = "none"  # gradient compression in the all-reduce (ddp only)
     bucket_mb: float | None = None  # gradient bucket size in MiB (ddp only); None: torch's own
     accumulate: int = 1  # micro-batches per step, with one all-reduce for all (ddp only)
@@ -81,7 +89,18 @@ class Recipe:
             raise CnnlabError(f"seed={self.seed} is too large for NumPy. Use one below {2**31}.")
         _check_batch(self)
         _check_strategy(self)
+        _check_model_parallel(self)
         _check_device_and_data(self)
+
+    @property
+    def model_ranks(self) -> int:
+        """Number of ranks that hold one replica together."""
+        return self.stages * self.tensor_ranks
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks of the run."""
+        return self.replicas * self.model_ranks
 
     def replace(self, **changes: Any) -> "Recipe":
         """A copy with some fields changed."""
@@ -197,6 +216,49 @@ def _check_strategy(recipe: Recipe) -> None:
     if strategy == "async" and recipe.schedule != "constant":
         raise CnnlabError(
             "strategy='async' needs schedule='constant', because its ranks share no step count."
+        )
+
+
+# Field: the strategy that uses it.
+MODEL_PARALLEL_FIELDS = {
+    "stages": "pipeline",
+    "micro_batches": "pipeline",
+    "pipeline_schedule": "pipeline",
+    "tensor_ranks": "tensor",
+}
+
+
+def _check_model_parallel(recipe: Recipe) -> None:
+    strategy = recipe.strategy
+    for name, needed in MODEL_PARALLEL_FIELDS.items():
+        value, default = getattr(recipe, name), getattr(Recipe, name)
+        if value != default and strategy != needed:
+            raise CnnlabError(
+                f"{name}={value!r} needs strategy={needed!r}. Use that, or {name}={default!r}."
+            )
+    if strategy not in SHARDED:
+        return
+    field = {"pipeline": "stages", "tensor": "tensor_ranks"}.get(strategy, "replicas")
+    if getattr(recipe, field) == 1:
+        raise CnnlabError(
+            f"strategy={strategy!r} needs several ranks to share a model. Use {field}=2."
+        )
+    if (recipe.batch_size // recipe.replicas) % recipe.micro_batches:
+        raise CnnlabError(
+            f"micro_batches={recipe.micro_batches} does not divide the "
+            f"{recipe.batch_size // recipe.replicas} images per replica. Use a divisor of them."
+        )
+    if recipe.latency_ms or recipe.bandwidth_mbit:
+        raise CnnlabError(
+            f"latency_ms and bandwidth_mbit need strategy='ddp' or 'ring': the simulated network "
+            f"does not delay the messages of strategy={strategy!r}."
+        )
+    if recipe.straggler_ms and strategy == "pipeline":
+        raise CnnlabError("straggler_ms does not work with strategy='pipeline'. Use 'tensor'.")
+    if recipe.compiler != "eager" and strategy != "zero1":
+        raise CnnlabError(
+            f"compiler={recipe.compiler!r} is not supported with strategy={strategy!r}. "
+            "Use compiler='eager' or strategy='zero1'."
         )
 
 

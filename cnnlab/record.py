@@ -58,7 +58,7 @@ def load(path: str | Path) -> "Record":
         recipe = Recipe.from_dict(header["recipe"])
         events = [from_dict(value) for value in values[1:]]
         types = [type(event) for event in events]
-        if types.count(Finished) < recipe.replicas and Failed not in types:
+        if types.count(Finished) < recipe.ranks and Failed not in types:
             truncated = truncated or "the end of the run is missing"
         rest = {name: header[name] for name in ("machine", "versions", "commit", "date")}
         return Record(recipe=recipe, events=events, truncated=truncated, **rest)

@@ -54,13 +54,13 @@ def run(
     if checkpoints:
         checkpoints = str(Path(checkpoints).resolve())  # Ranks may have another working directory.
     backend = None
-    if recipe.replicas > 1 or recipe.strategy == "ddp":
-        backend = worker.select_backend(recipe, recipe.replicas)
+    if recipe.ranks > 1 or recipe.strategy == "ddp":
+        backend = worker.select_backend(recipe, recipe.ranks)
     for attempt in range(1, max_restarts + 2):
         failed = None
         args = (recipe, checkpoints)
         env = {**(env or {}), "TORCHELASTIC_RESTART_COUNT": str(attempt - 1)}  # As torchrun.
-        with closing(stream(train_rank, args, recipe.replicas, stop, env, backend, say)) as events:
+        with closing(stream(train_rank, args, recipe.ranks, stop, env, backend, say)) as events:
             for event in events:
                 if isinstance(event, Failed) and attempt <= max_restarts:
                     failed = event

@@ -32,6 +32,7 @@ from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training import checkpoint, techniques
 from cnnlab.training.async_loop import train_async
 from cnnlab.training.loop import train
+from cnnlab.training.pipeline_loop import train_pipeline
 
 COLLECTIVE_TIMEOUT_S = 60  # A collective that takes longer has lost a rank.
 
@@ -89,13 +90,15 @@ def train_rank(rank: int, world: int, recipe: Recipe, checkpoints: str | None) -
     """Train one rank of `recipe` and yield its events."""
     if recipe.strategy == "async" and world > 1:
         return train_async(recipe, rank, world)
+    if recipe.strategy == "pipeline":
+        return train_pipeline(recipe, rank, world, checkpoints)
     return train(recipe, rank, world, checkpoints)
 
 
 def train_under_torchrun(recipe: Recipe, checkpoints: str | None = None) -> Iterator[Event]:
     """Train the rank that torchrun started, and yield its events; rank 0 then yields those of all.
 
-    torchrun must have started `recipe.replicas` ranks.
+    torchrun must have started `recipe.ranks` ranks.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])

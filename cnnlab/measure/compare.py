@@ -153,7 +153,7 @@ def measure_interleaved(
         for name, recipe in recipes.items():
             evaluate = recipe.evaluate and repeat == 0
             events = run(recipe.replace(evaluate=evaluate), stop, env)
-            slowest = slowest_rank(events, recipe.replicas)
+            slowest = slowest_rank(events, recipe.ranks)
             if slowest is None:  # stopped
                 return
             found[name] = found[name].add(slowest)

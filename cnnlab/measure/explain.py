@@ -10,7 +10,7 @@ from cnnlab.launch import launcher
 from cnnlab.measure.compare import slowest_rank
 from cnnlab.measure.profile import profile_rank
 from cnnlab.measure.techniques import TECHNIQUES, Changes
-from cnnlab.recipe import Recipe, format_changes
+from cnnlab.recipe import MODEL_PARALLEL_FIELDS, Recipe, format_changes
 
 STEPS = 10  # timed and profiled
 PARTS = {
@@ -76,7 +76,7 @@ class Explanation:
     def _note(self, name: str) -> str:
         """What the report says next to a part's time."""
         seconds = self.parts[name]
-        if name == "communication" and self.recipe.device == "cuda" and self.recipe.replicas > 1:
+        if name == "communication" and self.recipe.device == "cuda" and self.recipe.ranks > 1:
             return "not measured separately on a GPU"
         if name == "launch":
             return f"{self.operations:,} operations"
@@ -135,7 +135,7 @@ def explain(
     runs: list[list[Finished]] = [[] for _ in recipes]
     for _ in range(repeats):
         for recipe, finished in zip(recipes, runs, strict=True):
-            slowest = slowest_rank(launcher.run(recipe, stop), recipe.replicas)
+            slowest = slowest_rank(launcher.run(recipe, stop), recipe.ranks)
             if slowest is None:
                 return None
             finished.append(slowest)
@@ -152,8 +152,10 @@ def explain(
 def single_rank_recipe(recipe: Recipe) -> Recipe:
     """One rank's share of the recipe's work, without the other ranks."""
     share = recipe.batch_size // recipe.replicas
-    threads = recipe.threads or max(1, machine.cores() // recipe.replicas)
-    return recipe.replace(replicas=1, strategy=None, batch_size=share, threads=threads)
+    threads = recipe.threads or max(1, machine.cores() // recipe.ranks)
+    alone = {name: getattr(Recipe, name) for name in MODEL_PARALLEL_FIELDS}
+    alone |= {"replicas": 1, "strategy": None}
+    return recipe.replace(**alone, batch_size=share, threads=threads)
 
 
 def _make_explanation(recipe, finished, seconds, figures):

@@ -14,7 +14,7 @@ ONE_CORE = "this process may use only one core"
 
 def use_idle_cores(recipe: Recipe, machine: Machine) -> Changes:
     """A thread per core that neither other ranks nor loader workers use; {} if no core is idle."""
-    cores = machine.cores // recipe.replicas - recipe.loader_workers
+    cores = machine.cores // recipe.ranks - recipe.loader_workers
     if recipe.device != "cpu" or recipe.threads is None or cores <= recipe.threads:
         return {}
     return {"threads": cores}

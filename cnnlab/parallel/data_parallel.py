@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.tensor import DTensor
 
 from cnnlab.parallel.simulated_network import make_link
 from cnnlab.recipe import Recipe
@@ -121,7 +122,23 @@ def average_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def broadcast_buffers(model: nn.Module) -> None:
-    """Take rank 0's buffers, because batch-norm statistics differ between ranks."""
+def broadcast_buffers(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Take the buffers of the group's first rank: batch-norm statistics differ between ranks."""
     for buffer in model.buffers():
-        dist.broadcast(buffer, 0)
+        dist.broadcast(local_tensor(buffer), group=group, group_src=0)
+
+
+def all_reduce_gradients(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Average all gradients over the ranks of the group, in one all-reduce after backward."""
+    gradients = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be a DTensor; they share memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

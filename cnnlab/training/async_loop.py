@@ -51,7 +51,7 @@ def train_async(recipe: Recipe, rank: int, world: int) -> Iterator[Event]:
             meter.read()
         if recipe.evaluate:
             shared.pull(state.network)
-            accuracy, test_loss = evaluate(state.network, recipe, splits.test, device, rank, world)
+            accuracy, test_loss = evaluate(state, recipe, splits.test, device, rank, world)
             yield meter.evaluated(epoch, accuracy, test_loss, len(splits.test))
         clock.resume()
     yield meter.finished(accuracy)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from cnnlab.events import Checkpointed
 from cnnlab.recipe import CnnlabError, Recipe, changes
@@ -30,11 +31,18 @@ RESUME_FIELDS |= {"augment", "optimizer", "learning_rate", "schedule", "seed"}
 class TrainState:
     """What a training step changes, and so what a checkpoint holds."""
 
-    network: nn.Module  # the plain model: saved and evaluated
+    network: nn.Module  # the plain model, or this rank's part of it: saved and evaluated
     model: nn.Module  # the same with DDP and compilation applied: trained
+    updated: nn.Module  # the module whose parameters the optimizer updates
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    mesh: DeviceMesh | None = None  # the ranks as a table: a row for each replica of the model
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same part of the model; None: all ranks."""
+        return self.mesh["data"].get_group() if self.mesh else None
 
 
 def save(folder: str, step: int, recipe: Recipe, state: TrainState) -> Checkpointed:
@@ -145,7 +153,7 @@ def _load(path: Path, recipe: Recipe, state: TrainState) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(values, checkpoint_id=path)
-        set_optimizer_state_dict(state.network, state.optimizer, values["optimizer"])
+        set_optimizer_state_dict(state.updated, state.optimizer, values["optimizer"])
     except (Exception, CheckpointException) as error:
         raise _cannot_load(path, error) from None
     for name in rng_states:  # none if the saved run did not have this rank
@@ -160,7 +168,7 @@ def _parts(state: TrainState) -> dict[str, Any]:
 
     return {
         "model": state.network,
-        "optimizer": get_optimizer_state_dict(state.network, state.optimizer),
+        "optimizer": get_optimizer_state_dict(state.updated, state.optimizer),
         "schedule": state.schedule,
         "scaler": state.scaler,
     }

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from math import ceil
 
@@ -18,7 +19,8 @@ from cnnlab.data import datasets
 from cnnlab.data.loader import random_shifts, shift_images, train_loader
 from cnnlab.events import Event
 from cnnlab.model import build
-from cnnlab.parallel import data_parallel
+from cnnlab.parallel import data_parallel, sharding
+from cnnlab.parallel.mesh import make_mesh
 from cnnlab.recipe import Recipe
 from cnnlab.training import checkpoint, techniques
 from cnnlab.training.checkpoint import TrainState
@@ -40,10 +42,10 @@ def train(
     clock = Clock(device)
     splits, steps, state = set_up(recipe, device, world, clock)
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
-    data_parallel.register_sync_hooks(optimizer, state.network, recipe, world, clock)
-    techniques.set_seed(recipe.seed, rank)
+    replica, replicas = rank // recipe.model_ranks, world // recipe.model_ranks
+    techniques.set_seed(recipe.seed, replica)
     first = checkpoint.resume(checkpoints, recipe, state, steps) if checkpoints else 0
-    loader = train_loader(recipe, splits.train, rank, world, first=first, steps=steps)
+    loader = train_loader(recipe, splits.train, replica, replicas, first=first, steps=steps)
     shifts = islice(random_shifts(recipe.seed), first, None)
     meter = Meter(recipe, rank, world, clock, first)
     epochs = ceil(steps / len(loader))
@@ -83,7 +85,7 @@ def train(
             yield meter.progress(epoch)
         # A resumed run does not evaluate the epochs that it skips, except for the last.
         if recipe.evaluate and (epoch * len(loader) > first or epoch == epochs):
-            accuracy, test_loss = evaluate(state.network, recipe, splits.test, device, rank, world)
+            accuracy, test_loss = evaluate(state, recipe, splits.test, device, rank, world)
             yield meter.evaluated(epoch, accuracy, test_loss, len(splits.test))
         clock.resume()
     yield meter.finished(accuracy)
@@ -97,12 +99,21 @@ def set_up(
     splits = datasets.load(recipe)
     steps = datasets.num_steps(recipe, splits)
     network = build(recipe, splits.shape)
-    model = techniques.prepare(network, recipe, device, world, clock)
-    optimizer, schedule = make_optimizer(recipe, model, steps)
+    mesh = make_mesh(recipe, device)
+    model = techniques.prepare(network, recipe, device, world, clock, mesh, splits.shape)
+    updated = sharding.shard_copy(network, mesh) if recipe.strategy == "zero1" else network
+    optimizer, schedule = make_optimizer(recipe, updated, steps)
     scaler = techniques.grad_scaler(recipe)
     state = TrainState(
-        network=network, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler
+        network=network,
+        model=model,
+        updated=updated,
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=scaler,
+        mesh=mesh,
     )
+    register_sync_hooks(state, recipe, world, clock)
     return splits, steps, state
 
 
@@ -114,6 +125,17 @@ def select_device(recipe: Recipe, rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)  # the default GPU of NCCL and of "cuda" without an index
     return device
+
+
+def register_sync_hooks(state: TrainState, recipe: Recipe, world: int, clock: Clock) -> None:
+    """Let strategies other than ddp communicate before or after each optimizer step."""
+    if state.mesh is None:
+        data_parallel.register_sync_hooks(state.optimizer, state.network, recipe, world, clock)
+    elif recipe.strategy == "zero1":
+        sharding.register_zero1_hooks(state.optimizer, state.network, state.updated, clock)
+    elif recipe.strategy != "fsdp" and recipe.replicas > 1:
+        average = partial(data_parallel.all_reduce_gradients, state.network, state.data_group)
+        state.optimizer.register_step_pre_hook(lambda *_: clock.timed_communication(average))
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module, steps: int) -> tuple[Optimizer, LRScheduler]:
@@ -140,24 +162,29 @@ def to_device(
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module,
+    state: TrainState,
     recipe: Recipe,
     dataset: TensorDataset,
     device: torch.device,
     rank: int = 0,
     world: int = 1,
 ) -> tuple[float, float]:
-    """(accuracy, mean loss) over all held-out images, which the ranks split.
+    """(accuracy, mean loss) over all held-out images, which the replicas split.
 
-    Where ranks differ, they evaluate their mean parameters and rank 0's batch-norm statistics.
+    Where replicas differ, they evaluate their mean parameters and the first one's batch-norm
+    statistics.
     """
+    network = state.network
+    replica, replicas = rank // recipe.model_ranks, world // recipe.model_ranks
     if world > 1 and recipe.strategy == "local-sgd":
         network = data_parallel.average_model(copy.deepcopy(network))
-    elif world > 1:
-        data_parallel.broadcast_buffers(network)
+    elif replicas > 1:
+        data_parallel.broadcast_buffers(network, state.data_group)
     network.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    batches = [tensor[rank::world].split(512) for tensor in dataset.tensors]
+    # Equally many batches in all replicas, because the forward pass of FSDP is collective.
+    count = ceil(len(dataset) / replicas / 512)
+    batches = [tensor[replica::replicas].tensor_split(count) for tensor in dataset.tensors]
     for images, labels in zip(*batches, strict=True):
         images, labels = images.to(device), labels.to(device)
         with techniques.autocast(recipe):
@@ -167,5 +194,6 @@ def evaluate(
         totals[1] += F.cross_entropy(logits, labels, reduction="sum")
     if world > 1:
         dist.all_reduce(totals)
+        totals /= recipe.model_ranks
     network.train()
     return tuple((totals / len(dataset)).tolist())

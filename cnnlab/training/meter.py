@@ -75,7 +75,7 @@ class Meter:
         clock.pause()
         images = self.step * self.recipe.batch_size
         if self.shared is not None:  # each update has one rank's share of a batch
-            images = int(self.shared.updates) * self.recipe.batch_size // self.world
+            images = int(self.shared.updates) * self.recipe.batch_size // self.recipe.replicas
         before = self.last
         times = {"seconds": clock.seconds, "waiting": clock.waiting, "exposed": clock.exposed}
         self.last = Reading(steps=self.step, images=images, **times)
@@ -110,7 +110,7 @@ class Meter:
             images=self.last.images,
             seconds=self.last.seconds,
             losses=losses,
-            accuracy=correct / (new.steps * self.recipe.batch_size // self.world),
+            accuracy=correct / (new.steps * self.recipe.batch_size // self.recipe.replicas),
             images_per_s=new.images / new.seconds,
             warming_up=self.step <= self.warmup_end,
             spans=self.clock.timeline(),

@@ -3,15 +3,19 @@
 import functools
 import os
 import random
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.library import CustomOpDef, custom_op
+from torch.utils.checkpoint import checkpoint
 
 from cnnlab import machine
-from cnnlab.parallel import data_parallel, simulated_network
+from cnnlab.parallel import data_parallel, pipeline, sharding, simulated_network, tensor_parallel
 from cnnlab.recipe import Recipe
 from cnnlab.training.clock import Clock
 
@@ -24,6 +28,8 @@ def prepare(
     device: torch.device,
     world: int = 1,
     clock: Clock | None = None,
+    mesh: Any = None,  # DeviceMesh of a sharded strategy
+    shape: tuple[int, int, int] | None = None,
 ) -> nn.Module:
     """Apply the recipe's techniques to the model, in the order in which they must be applied."""
     if world > 1:
@@ -37,7 +43,15 @@ def prepare(
         model = channels_last(model)
     if device.type == "cuda":
         set_tf32(recipe.precision == "tf32")
-    if recipe.strategy == "ddp" or (recipe.strategy is None and world > 1):
+    if recipe.strategy == "tensor":
+        model = tensor_parallel.shard_layers(model, mesh["model"])
+    if recipe.strategy == "pipeline":
+        model = pipeline.split_stages(model, recipe, mesh["model"], shape)
+    if recipe.recompute:
+        model = recompute_activations(model)
+    if recipe.strategy == "fsdp":
+        model = sharding.shard_model(model, mesh["data"])
+    if recipe.strategy in ("ddp", "zero1") or (recipe.strategy is None and world > 1):
         model = data_parallel.wrap_ddp(model, recipe, device, clock)
     if recipe.compiler == "inductor-except-pool":
         model = opaque_pooling(model)
@@ -110,6 +124,38 @@ class _ChannelsLastGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient.contiguous(memory_format=torch.channels_last)
+
+
+def recompute_activations(model: nn.Module) -> nn.Module:
+    """Keep only the inputs of each stage; the backward pass computes the rest again.
+
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016). One more forward pass, for
+    less memory.
+    """
+    for stage in model.children():
+        contexts = partial(_recomputation_contexts, stage)
+        stage.forward = partial(  # type: ignore[method-assign]
+            checkpoint, stage.forward, use_reentrant=False, context_fn=contexts
+        )
+    return model
+
+
+def _recomputation_contexts(stage):
+    return nullcontext(), _frozen_statistics(stage)
+
+
+@contextmanager
+def _frozen_statistics(stage: nn.Module) -> Iterator[None]:
+    """Batch norm has seen this batch already: a second time, it does not update its statistics."""
+    layers: Any = [m for m in stage.modules() if hasattr(m, "running_mean")]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
 
 
 def autocast(recipe: Recipe) -> AbstractContextManager:

@@ -145,7 +145,7 @@ class ScalingPanel(Panel):
         for event in launcher.run(recipe, stop):
             self.events.append(event)
             yield event
-        return slowest_rank(self.events, recipe.replicas)
+        return slowest_rank(self.events, recipe.ranks)
 
     def _take(self, event):
         if isinstance(event, tuple):  # the result of both runs
@@ -165,7 +165,7 @@ class ScalingPanel(Panel):
         )
         if ours.communication_s is not None:
             line += f"; {ours.communication_s / ours.step_s:.0%} of a step is exposed communication"
-        line += oversubscription_note(self.shown.replicas, self.shown.threads)
+        line += oversubscription_note(self.shown.ranks, self.shown.threads)
         return line + simulated_note(self.shown)
 
     def _draw(self, axes):
