@@ -186,10 +186,6 @@ class Ladder:
         for path in json_files + ([self.png] if self.png else []):
             record.check_writable(path)
         rungs, impossible = techniques(here)
-        skipped = "compiled except pooling"
-        if self.quick and skipped in rungs:
-            del rungs[skipped]
-            impossible[skipped] = "--quick compiles only once"
         result = self.climb(recipe, rungs, impossible, json_files)
         for name, reason in impossible.items():
             print(f"{name:24} not tried: {reason}")

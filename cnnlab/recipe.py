@@ -18,7 +18,7 @@ Loader = Literal["sample", "batch"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Pooling = Literal["after-relu", "before-relu"]
-Compiler = Literal["eager", "inductor", "inductor-except-pool"]
+Compiler = Literal["eager", "inductor"]
 Strategy = Literal[None, "ddp", "ring", "local-sgd", "async", "zero1", "fsdp", "tensor", "pipeline"]
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved"]
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
@@ -62,7 +62,7 @@ class Recipe:
     precision: Precision = "fp32"  # number format of convolutions and matrix products
     memory_format: MemoryFormat = "contiguous"  # memory layout of weights and activations
     pooling: Pooling = "after-relu"  # before-relu: the same values from less work
-    compiler: Compiler = "eager"  # inductor: torch.compile; except-pool: max-pooling stays eager
+    compiler: Compiler = "eager"  # inductor: torch.compile
 
     replicas: int = 1  # copies of the model, each trained on its share of every batch
     strategy: Strategy = None  # how ranks share the work; None: ddp for several replicas

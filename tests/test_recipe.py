@@ -19,7 +19,7 @@ CHOICES = {
     "precision": ["fp32", "tf32", "bf16", "fp16"],
     "memory_format": ["contiguous", "channels_last"],
     "pooling": ["after-relu", "before-relu"],
-    "compiler": ["eager", "inductor", "inductor-except-pool"],
+    "compiler": ["eager", "inductor"],
     "strategy": [None, "ddp", "ring", "local-sgd", "async"],
     "compression": ["none", "fp16", "bf16", "powersgd"],
 }

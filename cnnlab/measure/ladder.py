@@ -25,7 +25,6 @@ CPU_RUNGS = (
     "pooling before ReLU",
     RETRY_PREFIX + "channels_last",
     "torch.compile",
-    "compiled except pooling",
 )
 GPU_RUNGS: dict[str, Changes] = {  # from plain fp32: what paid off on the CPU is tried again
     "GPU": {"device": "cuda", "precision": "fp32", "memory_format": "contiguous"},

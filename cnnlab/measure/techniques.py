@@ -80,11 +80,6 @@ TECHNIQUES = {
         why="torch.compile, which fuses operations",
         needs="C++ compiler",
     ),
-    "compiled except pooling": Technique(
-        changes={"compiler": "inductor-except-pool"},
-        why="torch.compile, with PyTorch's own max-pooling",
-        needs="C++ compiler",
-    ),
     "loader workers": Technique(
         changes=add_loader_worker, why="more loader workers, as long as cores are idle"
     ),

@@ -1,6 +1,5 @@
 """One function per technique; `prepare` applies a recipe's techniques in one visible order."""
 
-import functools
 import os
 import random
 from collections.abc import Iterator
@@ -10,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.library import CustomOpDef, custom_op
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cnnlab import machine
@@ -53,8 +51,6 @@ def prepare(
         model = sharding.shard_model(model, mesh["data"])
     if recipe.strategy in ("ddp", "zero1") or (recipe.strategy is None and world > 1):
         model = data_parallel.wrap_ddp(model, recipe, device, clock)
-    if recipe.compiler == "inductor-except-pool":
-        model = opaque_pooling(model)
     if recipe.compiler != "eager":
         model = compile_model(model)  # last, so that it compiles all of the above
     return model
@@ -179,46 +175,3 @@ def set_tf32(enabled: bool) -> None:
 def compile_model(model: nn.Module) -> nn.Module:
     """Compile the model into fused kernels. The first call compiles: seconds to a minute."""
     return torch.compile(model)  # type: ignore[return-value]
-
-
-def opaque_pooling(model: nn.Module) -> nn.Module:
-    """Hide max-pooling from the compiler, whose CPU kernel is much slower than PyTorch's own."""
-    max_pool = max_pool_operator()
-    for layer in model.modules():
-        if isinstance(layer, nn.MaxPool2d):
-
-            def forward(images, size=layer.kernel_size):
-                return max_pool(images, size)[0]
-
-            layer.forward = forward  # type: ignore[method-assign]
-    return model
-
-
-@functools.cache
-def max_pool_operator() -> CustomOpDef:
-    """Register `cnnlab::max_pool`, an operator that the compiler cannot look into."""
-    max_pool = custom_op("cnnlab::max_pool", _max_pool, mutates_args=())
-    max_pool_backward = custom_op("cnnlab::max_pool_backward", _max_pool_backward, mutates_args=())
-
-    def save_for_backward(ctx, inputs, output):
-        images, ctx.size = inputs
-        ctx.save_for_backward(images, output[1])
-
-    def backward(ctx, gradient, _):
-        images, indices = ctx.saved_tensors
-        return max_pool_backward(gradient, images, ctx.size, indices), None
-
-    max_pool.register_autograd(backward, setup_context=save_for_backward)
-    max_pool.register_fake(_max_pool)  # tells the compiler shapes and layouts
-    max_pool_backward.register_fake(_max_pool_backward)
-    return max_pool
-
-
-def _max_pool(images: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten.max_pool2d_with_indices(images, [size, size])
-
-
-def _max_pool_backward(gradient: Tensor, images: Tensor, size: int, indices: Tensor) -> Tensor:
-    return torch.ops.aten.max_pool2d_with_indices_backward(
-        gradient, images, [size, size], [size, size], [0, 0], [1, 1], False, indices
-    )

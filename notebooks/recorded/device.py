@@ -463,8 +463,7 @@ def training(device: Device, quick: bool = False) -> Figures:
         "+ fused optimizer": make_trainer(fast, fused=True).step,
     }
     if can_compile(device, quick):
-        compiler = "inductor" if device == "cuda" else "inductor-except-pool"
-        steps["+ compiled"] = make_trainer(fast.replace(compiler=compiler), fused=True).step
+        steps["+ compiled"] = make_trainer(fast.replace(compiler="inductor"), fused=True).step
     with FlopCounterMode(display=False) as counter:
         make_trainer(plain.replace(images=4, batch_size=4)).step()
     flop_per_image = counter.get_total_flops() / 4

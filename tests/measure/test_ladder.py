@@ -35,7 +35,6 @@ def test_a_laptop_can_try_everything_but_the_gpu():
         "pooling before ReLU",
         RETRY_PREFIX + "channels_last",
         "torch.compile",
-        "compiled except pooling",
         "replicas",
     ]
     assert rungs["threads"] == {"threads": 4}
@@ -63,7 +62,6 @@ def test_a_gpu_adds_its_own_rungs():
     assert why_not == {
         "replicas": "needs two",
         "torch.compile": "it is tried on the GPU",
-        "compiled except pooling": "it is tried on the GPU",
     }
     # The faster the step, the more the loader matters.
     names = list(rungs)
@@ -98,7 +96,7 @@ def test_the_gpu_starts_from_plain_fp32_whatever_paid_off_on_the_cpu(speeds):
 def test_two_gpus_can_have_replicas():
     rungs, why_not = techniques(replace(LAPTOP, gpus=("A", "B"), missing={}))
     assert rungs["replicas"] == {"replicas": 2, "threads": None}
-    assert set(why_not) == {"torch.compile", "compiled except pooling"}
+    assert set(why_not) == {"torch.compile"}
 
 
 @pytest.mark.parametrize("gpus", [(), ("A",), ("A", "B", "C")])
@@ -111,7 +109,7 @@ def test_every_technique_is_tried_or_has_a_reason(cores, gpus):
         missing["second GPU"] = "needs two"
     rungs, why_not = techniques(replace(LAPTOP, cores=cores, gpus=gpus, missing=missing))
     listed = {*rungs, *why_not}
-    assert {"threads", "torch.compile", "compiled except pooling", "replicas", "GPU"} <= listed
+    assert {"threads", "torch.compile", "replicas", "GPU"} <= listed
     assert all(why_not.values()) and not set(rungs) & set(why_not)
 
 
