@@ -101,7 +101,7 @@ def set_up(
     network = build(recipe, splits.shape)
     mesh = make_mesh(recipe, device)
     model = techniques.prepare(network, recipe, device, world, clock, mesh, splits.shape)
-    updated = sharding.shard_copy(network, mesh) if recipe.strategy == "zero1" else network
+    updated = sharding.shard_copy(network, mesh["data"]) if recipe.strategy == "zero1" else network
     optimizer, schedule = make_optimizer(recipe, updated, steps)
     scaler = techniques.grad_scaler(recipe)
     state = TrainState(
