@@ -5,31 +5,31 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, get_args
 
 from cnnlab.recipe import Precision, Recipe
 
 PRECISIONS = get_args(Precision)
 
-# Instruction set: its flag in /proc/cpuinfo (x86 and ARM).
+# Instruction set: its name in `torch.cpu.get_capabilities` (x86 and ARM).
 INSTRUCTION_SETS = {
     "AVX2": "avx2",
-    "AVX-512": "avx512f",
+    "AVX-512": "avx512_f",
     "AVX-512 BF16": "avx512_bf16",
     "AVX-512 FP16": "avx512_fp16",
     "AMX BF16": "amx_bf16",
     "AMX FP16": "amx_fp16",
     "AMX INT8": "amx_int8",
-    "NEON": "asimd",
+    "NEON": "neon",
     "SVE": "sve",
     "BF16": "bf16",
 }
 BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
-FP16_FLAGS = {"amx_fp16", "avx512_fp16", "asimdhp"}
+FP16_FLAGS = {"amx_fp16", "avx512_fp16", "fp16_arith"}
 
 
 @cache
@@ -38,7 +38,8 @@ def describe() -> "Machine":
     import psutil
     import torch
 
-    flags = _cpu_flags()
+    capabilities = torch.cpu.get_capabilities()
+    flags = {name for name, value in capabilities.items() if value is True}
     # Without oneDNN, as on macOS, torch's convolutions do not use these instructions.
     onednn = torch.backends.mkldnn.is_available()
     bf16 = onednn and bool(flags & BF16_FLAGS)
@@ -48,7 +49,7 @@ def describe() -> "Machine":
     gpus = tuple(torch.cuda.get_device_name(number) for number in range(gpu_count))
     compiler = _find_compiler()
     return Machine(
-        name=_cpu_name(),
+        name=_cpu_name(capabilities),
         system=f"{platform.system()} {platform.machine()}",
         cores=cores(),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
@@ -100,43 +101,16 @@ def missing_for(recipe: Recipe) -> list[str]:
     sentences = [f"{name} missing: {missing[name]}" for name in needed if name in missing]
     if recipe.strategy == "async" and os.name != "posix":
         sentences.append("strategy='async' needs POSIX file locks. Use Linux or macOS.")
+    if recipe.memory_limit_mib and recipe.device == "cpu" and sys.platform != "linux":
+        sentences.append("memory_limit_mib needs Linux or device='cuda'. Use None.")
     return sentences
 
 
-def _cpu_flags() -> set[str]:
-    flags = set(_read_cpuinfo("flags", "Features").split())
-    if flags:
-        return flags
-    if platform.machine() == "arm64":  # macOS: all M-series chips have these two
-        flags = {"asimd", "asimdhp"}
-        if _sysctl("hw.optional.arm.FEAT_BF16") == "1":
-            flags.add("bf16")
-        return flags
-    return set(_sysctl("machdep.cpu.leaf7_features").lower().split())
-
-
-def _cpu_name() -> str:
-    name = _read_cpuinfo("model name") or _sysctl("machdep.cpu.brand_string")
-    return name or platform.processor() or platform.machine()
-
-
-def _read_cpuinfo(*keys: str) -> str:
-    """Value of the first line in /proc/cpuinfo that starts with one of `keys`; "" elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    for line in lines:
-        if line.startswith(keys):
-            return line.partition(":")[2].strip()
-    return ""
-
-
-def _sysctl(name: str) -> str:
-    """A value of macOS's sysctl; "" elsewhere."""
-    if sys.platform != "darwin":
-        return ""
-    return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True).stdout.strip()
+def _cpu_name(capabilities: Mapping[str, Any]) -> str:
+    if sys.platform == "darwin":  # torch does not know the names of Apple's chips.
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return capabilities.get("cpu_name") or platform.processor() or platform.machine()
 
 
 def _find_compiler() -> str | None:
