@@ -160,6 +160,27 @@ def interrupted_train(rank, world, recipe, checkpoints, step, victim, what):
     yield from worker.train_rank(rank, world, recipe, checkpoints)
 
 
+def train_float64(rank, world, recipe, checkpoints=None):
+    """`launcher.train_rank` in float64, in which rounding does not hide a mistake."""
+    import torch
+
+    from cnnlab.data import datasets
+    from cnnlab.launch import worker
+
+    load = datasets.load
+
+    def load_float64(recipe):
+        splits = load(recipe)
+        for part in (splits.train, splits.test):
+            images, labels = part.tensors
+            part.tensors = (images.double(), labels)
+        return splits
+
+    datasets.load = load_float64
+    torch.set_default_dtype(torch.float64)
+    yield from worker.train_rank(rank, world, recipe, checkpoints)
+
+
 def ordered(figures):
     """True for the statistics of something that was timed at least twice."""
     return (

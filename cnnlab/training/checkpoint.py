@@ -153,6 +153,9 @@ def _load(path: Path, recipe: Recipe, state: TrainState) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(values, checkpoint_id=path)
+        [group] = values["optimizer"]["param_groups"]
+        group["params"] = [name for name, _ in state.updated.named_parameters()]
+        group["foreach"] = state.optimizer.defaults["foreach"]
         set_optimizer_state_dict(state.updated, state.optimizer, values["optimizer"])
     except (Exception, CheckpointException) as error:
         raise _cannot_load(path, error) from None
