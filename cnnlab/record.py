@@ -6,7 +6,7 @@ import re
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -28,19 +28,23 @@ def save(path: str | Path, events: Iterable[Event], machine: dict[str, Any]) -> 
     record is complete or absent. An interrupted run leaves `path.part`, which `load` also reads.
     Raises `CnnlabError` if the file cannot be written.
     """
-    with _json_writer(path) as write:
-        header_written = False
-        pending: list[Event] = []  # a run can fail and restart before its first rank starts
-        for event in events:
-            pending.append(event)
-            if isinstance(event, Started) and not header_written:
-                write(_header(event.recipe, machine))
-                header_written = True
-            if header_written:
-                for ready in pending:
-                    write(to_dict(ready))
-                pending.clear()
-            yield event
+    part = _part_path(path)
+    with write_errors(path):
+        part.write_text("")
+    header_written = False
+    pending: list[dict] = []  # a run can fail and restart before its first rank starts
+    for event in events:
+        pending.append(to_dict(event))
+        if isinstance(event, Started) and not header_written:
+            pending.insert(0, _header(event.recipe, machine))
+            header_written = True
+        if header_written:
+            with write_errors(path), open(part, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(value) + "\n" for value in pending)
+            pending.clear()
+        yield event
+    with write_errors(path):
+        os.replace(part, path)
 
 
 def load(path: str | Path) -> "Record":
@@ -106,17 +110,28 @@ def file_name(kind: str, machine: dict[str, Any]) -> str:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as JSON. An existing file is replaced only by a complete one."""
-    with _json_writer(path, indent=1) as write:
-        write(value)
+    part = _part_path(path)
+    text = json.dumps(value, indent=1) + "\n"
+    with write_errors(path):
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
 
 
 def check_writable(path: str | Path) -> None:
     """Raise `CnnlabError` before the work, rather than after it, if `path` cannot be written."""
     part = _part_path(path)
-    with _write_errors(path):
-        with open(part, "w") as file:
-            file.write(" " * 65536)  # on a full disk, opening succeeds and writing fails
+    with write_errors(path):
+        part.write_text(" " * 65536)  # on a full disk, opening succeeds and writing fails
         part.unlink()
+
+
+@contextmanager
+def write_errors(path: str | Path, fix: str = WRITE_FIX) -> Iterator[None]:
+    """A context in which an `OSError` becomes a `CnnlabError` about writing `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error, fix) from None
 
 
 def cannot_write(path: str | Path, error: BaseException, fix: str = WRITE_FIX) -> CnnlabError:
@@ -141,45 +156,14 @@ def _git(*arguments: str) -> str:
     return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
 
-@contextmanager
-def _json_writer(path: str | Path, indent: int | None = None) -> Iterator[Callable[[Any], None]]:
-    """A function that writes values to a file, which gets its name if the block does not raise."""
-    part = _part_path(path)
-    with _write_errors(path):
-        file = open(part, "w", encoding="utf-8")  # noqa: SIM115
-
-    def write(value: Any) -> None:
-        with _write_errors(path):
-            file.write(json.dumps(value, indent=indent) + "\n")
-            file.flush()
-
-    complete = False
-    try:
-        yield write
-        complete = True
-    finally:
-        with _write_errors(path):
-            file.close()  # fails on a full disk
-            if complete:
-                os.replace(part, path)
-
-
 def _part_path(path: str | Path) -> Path:
     """`path.part` in a folder that exists."""
     path = Path(path)
     if path.is_dir():
         raise CnnlabError(f"cannot write {path}: it is a folder. Choose a file name in it.")
-    with _write_errors(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(path.name + ".part")
-
-
-@contextmanager
-def _write_errors(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from None
 
 
 def _header(recipe: Recipe, machine: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 from cnnlab.data import photos
 from cnnlab.recipe import CnnlabError, Recipe
-from cnnlab.record import cannot_write
+from cnnlab.record import write_errors
 
 DIGIT_CLASSES = tuple("0123456789")
 FASHION_CLASSES = (
@@ -145,14 +145,12 @@ def fetch(data: str, name: str) -> Path:
     from filelock import FileLock
 
     path = photos.cache_folder() / data / name
-    try:
+    with write_errors(path.parent, photos.CACHE_FIX):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may be downloading the file. A cached file may be in a read-only folder.
         lock = FileLock(path.parent.parent / f".{name}.lock")
         with nullcontext() if path.exists() else lock:
             _fetch_from_mirrors(data, path)
-    except OSError as error:
-        raise cannot_write(path.parent, error, photos.CACHE_FIX) from None
     return path
 
 
