@@ -31,6 +31,7 @@ class Clock:
         self.to_wall_clock = time.time() - time.perf_counter()
         self.phases: list[tuple] = []  # (phase, begin, end) in the current step
         self.transfers: list[tuple] = []  # ("communication", begin, end) in the current step
+        self.blocked: list[tuple] = []  # (begin, end) of those that the current phase waited for
         self.recent: deque[tuple[list, list]] = deque(maxlen=4)  # both, of the last steps
 
     def resume(self) -> None:
@@ -53,7 +54,7 @@ class Clock:
             self.waiting += time.perf_counter() - asked_at
             if batch is None:
                 return
-            self.phases, self.transfers = [], []
+            self.phases, self.transfers, self.blocked = [], [], []
             self.recent.append((self.phases, self.transfers))
             self.mark("waiting")
             yield batch
@@ -61,21 +62,22 @@ class Clock:
     def mark(self, phase: str) -> None:
         """End a phase of the step: waiting, forward, backward or update.
 
-        Communication overlaps with computation until the last transfer of the phase begins. From
-        then until it ends, it is exposed: the rank has nothing else to do.
+        `timed_communication` is exposed: the rank has nothing else to do meanwhile. Without it,
+        communication overlaps with computation until the last transfer of the phase begins.
         """
         begin, end = self.marked_at, time.perf_counter()
         self.marked_at = end
         if self.device.type != "cpu":
             return
+        exposed, self.blocked = self.blocked, []
         transfers = [(start, stop) for _, start, stop in self.transfers if start >= begin]
-        if transfers:
-            exposed_from = max(start for start, _ in transfers)
-            exposed_to = min(end, max(stop for _, stop in transfers))
-            self.exposed += exposed_to - exposed_from
-            self.phases.append((phase, begin, exposed_from))
-            self.phases.append(("exposed", exposed_from, exposed_to))
-            begin = exposed_to
+        if transfers and not exposed:
+            exposed = [(max(transfers)[0], min(end, max(stop for _, stop in transfers)))]
+        for start, stop in exposed:
+            self.exposed += stop - start
+            self.phases.append((phase, begin, start))
+            self.phases.append(("exposed", start, stop))
+            begin = stop
         self.phases.append((phase, begin, end))
 
     def record_communication(self, began_at: float) -> None:
@@ -84,10 +86,11 @@ class Clock:
             self.transfers.append(("communication", began_at, time.perf_counter()))
 
     def timed_communication(self, function: Callable, *args: Any) -> None:
-        """Call the function and record the time that it takes as communication."""
+        """Call the function and record the time that it takes as exposed communication."""
         began_at = time.perf_counter()
         function(*args)
         self.record_communication(began_at)
+        self.blocked.append((began_at, time.perf_counter()))
 
     def timeline(self) -> list[list]:
         """[phase, begin, end] of the last steps, in wall clock time, which all ranks share.

@@ -79,6 +79,29 @@ def test_only_communication_that_does_not_overlap_with_computation_is_exposed():
     assert abs(max(end for _, _, end in spans) - time.time()) < 5  # wall clock time
 
 
+def test_all_blocking_communication_of_a_phase_is_exposed():
+    clock = Clock(CPU)
+    for _ in clock.iterate([1]):
+        for _ in range(3):
+            time.sleep(0.02)
+            clock.timed_communication(time.sleep, 0.03)
+        clock.mark("forward")
+        clock.mark("backward")
+    phases = [phase for phase, _, _ in clock.timeline()]
+    assert phases[:8] == ["waiting", *["forward", "exposed"] * 3, "forward"]
+    assert phases[8:] == ["backward", *["communication"] * 3]
+    assert clock.exposed >= 0.09
+
+
+def test_communication_between_epochs_is_not_part_of_a_step():
+    clock = Clock(CPU)
+    for _ in range(2):
+        for _ in clock.iterate([1]):
+            clock.mark("forward")
+        clock.timed_communication(time.sleep, 0.03)  # the evaluation
+    assert clock.exposed == 0
+
+
 def test_peak_memory_is_in_mib_and_never_falls():
     before = peak_memory_mib(CPU)
     ballast = torch.ones(400 * 2**20 // 4)
