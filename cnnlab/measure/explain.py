@@ -5,12 +5,11 @@ import threading
 from dataclasses import dataclass
 
 from cnnlab import machine
-from cnnlab.events import Finished
 from cnnlab.launch import launcher
 from cnnlab.measure.compare import slowest_rank
 from cnnlab.measure.profile import profile_rank
 from cnnlab.measure.techniques import TECHNIQUES, Changes
-from cnnlab.recipe import MODEL_PARALLEL_FIELDS, Recipe, format_changes
+from cnnlab.recipe import MODEL_PARALLEL_FIELDS, Recipe
 
 STEPS = 10  # timed and profiled
 PARTS = {
@@ -97,56 +96,24 @@ class Explanation:
         return f"{megabytes}, {rate / 1e9:,.0f} GB/s; {peak}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Two explanations, and which part of a step made the difference."""
-
-    a: Explanation
-    b: Explanation
-
-    def __str__(self) -> str:
-        a, b = self.a, self.b
-        a_us, b_us = 1e6 / a.images_per_s, 1e6 / b.images_per_s  # per image
-        saved = {
-            name: a_us * a.parts[name] / a.step_s - b_us * b.parts[name] / b.step_s
-            for name in a.parts
-        }
-        largest = max(saved, key=lambda name: abs(saved[name]))
-        verb = "saves" if saved[largest] > 0 else "costs"
-        return (
-            f"A: {a}\n\nB ({format_changes(a.recipe, b.recipe)}): {b}\n\n"
-            f"The throughput of B is {b.images_per_s / a.images_per_s:.2f}x that of A. "
-            f"An image takes {a_us:,.0f} microseconds in A, {b_us:,.0f} in B.\n"
-            f"The largest difference is {PARTS[largest]}: "
-            f"B {verb} {abs(saved[largest]):,.0f} microseconds per image."
-        )
-
-
 def explain(
-    a: Recipe, b: Recipe | None = None, repeats: int = 3, stop: threading.Event | None = None
-) -> Explanation | Comparison | None:
-    """Run recipe `a` (and `b`, interleaved) `repeats` times, profile each once, explain the speed.
+    recipe: Recipe, repeats: int = 3, stop: threading.Event | None = None
+) -> Explanation | None:
+    """Run the recipe `repeats` times, profile it once, and explain its speed.
 
-    Returns an `Explanation`, for two recipes a `Comparison`, and None if `stop` was set meanwhile.
-    Each run takes STEPS steps after its warm-up, in fresh processes.
+    Each run takes STEPS steps after its warm-up, in fresh processes. Returns None if `stop` was set
+    meanwhile.
     """
-    recipes = [a] if b is None else [a, b]
-    recipes = [r.replace(steps=r.warmup_steps + STEPS, evaluate=False) for r in recipes]
-    runs: list[list[Finished]] = [[] for _ in recipes]
+    recipe = recipe.replace(steps=recipe.warmup_steps + STEPS, evaluate=False)
+    finished = []
     for _ in range(repeats):
-        for recipe, finished in zip(recipes, runs, strict=True):
-            slowest = slowest_rank(launcher.run(recipe, stop), recipe.ranks)
-            if slowest is None:
-                return None
-            finished.append(slowest)
-    found = []
-    for recipe, finished in zip(recipes, runs, strict=True):
-        arguments = (single_rank_recipe(recipe),)
-        for seconds, figures in launcher.stream(profile_rank, arguments, 1, stop, backend=None):
-            found.append(_make_explanation(recipe, finished, seconds, figures))
-    if len(found) < len(recipes):
-        return None
-    return found[0] if b is None else Comparison(a=found[0], b=found[1])
+        slowest = slowest_rank(launcher.run(recipe, stop), recipe.ranks)
+        if slowest is None:
+            return None
+        finished.append(slowest)
+    arguments = (single_rank_recipe(recipe),)
+    profiles = list(launcher.stream(profile_rank, arguments, 1, stop, backend=None))
+    return _make_explanation(recipe, finished, *profiles[0]) if profiles else None
 
 
 def single_rank_recipe(recipe: Recipe) -> Recipe:

@@ -20,14 +20,12 @@ from IPython.display import publish_display_data
 from cnnlab.launch.failures import RankError
 from cnnlab.launch.processes import prewarm
 from cnnlab.measure import explain
-from cnnlab.recipe import CnnlabError
+from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.widgets.picture import Draw, Picture
 
-# Seconds between two frames: long enough that drawing takes at most this share of a core from
-# the training, within these limits.
-REDRAW_SHARE = 0.01
-REDRAW_EVERY = 0.3
-REDRAW_AT_LEAST_EVERY = 1.5
+# Seconds between two status lines, and between two frames: drawing takes time from the training.
+REPORT_EVERY = 0.3
+REDRAW_EVERY = 1.5
 
 NO_LIMIT = "no limit"  # how a slider shows None, which ipywidgets takes for "nothing selected"
 
@@ -86,7 +84,7 @@ class Panel(widgets.VBox):
         self.take = take
         self.draw = draw
         self.picture = picture
-        self.compared: list[Any] = []  # the recipes that Why explains, the latest last
+        self.compared: dict[str, Recipe] = {}  # what Why explains, by label
         self.lock = threading.Lock()
         self.stop_event = threading.Event()  # of the newest run
         self.changed = threading.Event()  # since the last frame
@@ -196,11 +194,14 @@ class Panel(widgets.VBox):
 
     def _explain(self, values, stop):
         self.status.value = "profiling a few steps, up to a minute with torch.compile ..."
-        recipe, other = (*self.compared, None)[:2]
-        explanation = explain.explain(recipe, other, stop=stop)
-        if not stop.is_set():
-            self.reason.value = f"<pre>{html.escape(str(explanation))}</pre>"
-            yield "the explanation is below the picture"
+        report = ""
+        for label, recipe in self.compared.items():
+            explanation = explain.explain(recipe, stop=stop)
+            if explanation is None:  # stopped
+                return
+            report += f"{label}: {explanation}\n\n"
+        self.reason.value = f"<pre>{html.escape(report)}</pre>"
+        yield "the explanation is below the picture"
 
     def _finish(self, line):
         self.status.value = line
@@ -208,8 +209,7 @@ class Panel(widgets.VBox):
         self.stop_button.disabled = True
         self.why_button.disabled = not self.compared
         try:
-            self.picture.png(self.draw)
-            self.image.value = self.picture.final()
+            self.image.value = self.picture.png(self.draw, scale=2)  # for the saved notebook
             if self.display_id:
                 self._publish(update=True)
         except Exception:
@@ -220,25 +220,23 @@ class Panel(widgets.VBox):
         return f"<b>{title}:</b> {html.escape(error)}<pre>{html.escape(details)}</pre>"
 
     def _report(self, fraction, line):
-        """Show progress, at most as often as the picture: more would overload the browser."""
+        """Show progress, but not so often that it overloads the browser."""
         now = time.monotonic()
-        if fraction in (0.0, 1.0) or now - self.last_report > REDRAW_EVERY:
+        if fraction in (0.0, 1.0) or now - self.last_report > REPORT_EVERY:
             self.last_report = now
             self.status.value = line
             self.bar.value = fraction
 
     def _keep_drawing(self, over):
         while not over.is_set():
-            if not self.changed.wait(REDRAW_EVERY):
+            if not self.changed.wait(REPORT_EVERY):
                 continue
             self.changed.clear()
-            begin = time.thread_time()
             try:
                 self.image.value = self.picture.png(self.draw)
             except Exception:  # the last picture raises it again, and _finish reports it
                 return
-            pause = (time.thread_time() - begin) / REDRAW_SHARE
-            over.wait(min(max(REDRAW_EVERY, pause), REDRAW_AT_LEAST_EVERY))
+            over.wait(REDRAW_EVERY)
 
     def _publish(self, update):
         """Show the panel, and its picture as an image on pages that cannot run widgets."""

@@ -65,8 +65,8 @@ class TrainingPanel(Panel):
         earlier = [run for run in self.runs.items() if run[0] != label]
         self.events = []
         self.runs = dict([*earlier[-EARLIER_RUNS:], (label, self.events)])
-        others = [other for other in self.compared if other != recipe]
-        self.compared = [*others[-1:], recipe]  # Why compares with the run before
+        before = [item for item in self.compared.items() if item[0] != label]
+        self.compared = dict([*before[-1:], (label, recipe)])
         yield from launcher.run(recipe, stop)
 
     def _take(self, event):
@@ -121,8 +121,8 @@ class ScalingPanel(Panel):
         recipe = self.base.replace(replicas=ranks, strategy=strategy, **values)
         baseline = self.base.replace(replicas=1, strategy=None)
         self.shown = recipe
-        self.compared = [baseline, recipe]
         label = f"{plural(ranks, 'rank')} with DDP"
+        self.compared = {BASELINE: baseline, label: recipe}
         ours = yield from self._run(label, recipe, stop)
         if ours is None:
             return

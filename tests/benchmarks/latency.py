@@ -87,8 +87,8 @@ def record_pictures(panel):
     pictures = []
     png = panel.picture.png
 
-    def recording_png(draw):
-        image = png(draw)
+    def recording_png(*args, **options):
+        image = png(*args, **options)
         worlds = {event.world for event in panel.events if isinstance(event, Started)}
         has_point = any(isinstance(event, Progress) for event in panel.events)
         pictures.append((time.perf_counter(), worlds, has_point))

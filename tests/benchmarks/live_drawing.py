@@ -20,9 +20,9 @@ def train(recipe: Recipe, drawing: bool) -> tuple[Finished, list[tuple[float, fl
     frames = []
     png = panel.picture.png
 
-    def timed_png(draw):
+    def timed_png(*args, **options):
         start, cpu = time.perf_counter(), time.thread_time()
-        image = png(draw)
+        image = png(*args, **options)
         frames.append((start, time.thread_time() - cpu))
         return image
 

@@ -125,45 +125,13 @@ def test_an_unattended_panel_runs_by_itself(live, monkeypatch):
     assert isinstance(live.events[-1], Finished)
 
 
-def test_a_frame_with_a_kept_background_equals_a_whole_frame(live):
-    live.run()
-    live.wait()
-    live.picture.png(live.draw)
-    background = live.picture.background
-    again = live.picture.png(live.draw)
-    assert live.picture.background is background  # ticks and text were not drawn again
-    whole = widgets.Picture(2).png(live.draw)
-    assert pixels(again) == pixels(whole)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda ax: ax.set_title("new"),
-        lambda ax: ax.set_title("new", loc="left"),
-        lambda ax: ax.set_xlabel("new"),
-        lambda ax: ax.set_ylim(0, 9),
-        lambda ax: ax.set_yticks([1, 2], ["new", "labels"]),
-        lambda ax: ax.set_xscale("log"),
-        lambda ax: ax.legend(),
-        lambda ax: ax.barh([1], [2]),
-        lambda ax: ax.text(1, 1, "new"),
-    ],
-)
-def test_every_change_of_a_frame_is_in_the_picture(change):
-    def plot(axes):
-        axes[0].plot([1, 2], [1, 2], label="line")
-
-    def changed(axes):
-        plot(axes)
-        change(axes[0])
-
+def test_a_picture_shows_what_was_drawn_last():
     picture = widgets.Picture(1)
-    before = picture.png(plot)
-    after = picture.png(changed)
-    assert pixels(after) == pixels(widgets.Picture(1).png(changed))
+    before = picture.png(lambda axes: axes[0].plot([1, 2]))
+    after = picture.png(lambda axes: axes[0].plot([2, 1]))
     assert pixels(after) != pixels(before)
-    assert pixels(picture.png(plot)) == pixels(before)
+    assert pixels(picture.png(lambda axes: axes[0].plot([1, 2]))) == pixels(before)
+    assert Image.open(io.BytesIO(before)).size == (800, 310)
 
 
 def test_no_text_of_a_ladder_is_cut_off():
