@@ -133,164 +133,7 @@ TASKS["12.1"] = Task(
 )
 
 
-# 12.2: the schedule of GPipe
-
-
-def gpipe_schedule(stages, micro_batches):
-    """The schedule of GPipe as a table: what each stage does at each tick of a clock.
-
-    The forward pass (F) and the backward pass (B) of one micro-batch in one stage each take one
-    tick. First come all forward passes, then all backward passes, each kind in the order of the
-    micro-batches. The next stage can start one tick later. The table has a row for each stage, and
-    in it an entry for each tick: "F0" for the forward pass of micro-batch 0, "B0" for its backward
-    pass, "" if the stage is idle.
-    """
-    ticks = stages + micro_batches - 1
-    table = [[""] * (2 * ticks) for _ in range(stages)]
-    for stage in range(stages):
-        for batch in range(micro_batches):
-            table[stage][stage + batch] = f"F{batch}"
-            table[stage][ticks + (stages - 1 - stage) + batch] = f"B{batch}"
-    return table
-
-
-def one_micro_batch_after_the_other(stages, micro_batches):
-    table = [[""] * (2 * stages * micro_batches) for _ in range(stages)]
-    for stage in range(stages):
-        for batch in range(micro_batches):
-            table[stage][batch * stages + stage] = f"F{batch}"
-            table[stage][(micro_batches + batch) * stages + stages - 1 - stage] = f"B{batch}"
-    return table
-
-
-def backward_from_the_first_stage(stages, micro_batches):
-    ticks = stages + micro_batches - 1
-    table = [[""] * (2 * ticks) for _ in range(stages)]
-    for stage in range(stages):
-        for batch in range(micro_batches):
-            table[stage][stage + batch] = f"F{batch}"
-            table[stage][ticks + stage + batch] = f"B{batch}"
-    return table
-
-
-def last_micro_batch_first(stages, micro_batches):
-    table = gpipe_schedule(stages, micro_batches)
-    last = micro_batches - 1
-    new = {f"B{batch}": f"B{last - batch}" for batch in range(micro_batches)}
-    return [[new.get(entry, entry) for entry in row] for row in table]
-
-
-def one_row(stages, micro_batches):
-    ticks = stages + micro_batches - 1
-    table = [[""] * (2 * ticks)] * stages
-    for stage in range(stages):
-        for batch in range(micro_batches):
-            table[stage][stage + batch] = f"F{batch}"
-            table[stage][ticks + (stages - 1 - stage) + batch] = f"B{batch}"
-    return table
-
-
-TASKS["12.2"] = Task(
-    reference=gpipe_schedule,
-    inputs=lambda: [(2, 2), (3, 5), (4, 8)],
-    hints=[
-        "Draw it on paper for 2 stages and 3 micro-batches. When does stage 1 start micro-batch 0? "
-        "When is the last forward pass over?",
-        "Start from a table of empty strings with `stages` rows. The forward passes take "
-        "stages + micro_batches - 1 ticks, the backward passes as many again.",
-        "Stage s computes F of micro-batch m at tick s + m. The backward passes are the mirror "
-        "image: the last stage is the first to start.",
-    ],
-    mistakes={
-        one_micro_batch_after_the_other: "A stage waits until a micro-batch has left the last "
-        "stage. It can start the next one as soon as it has passed one on.",
-        backward_from_the_first_stage: "The backward pass starts in the last stage, which has the "
-        "loss, and goes back to stage 0.",
-        last_micro_batch_first: "The backward passes must be in the order of the micro-batches "
-        "too: B0 first.",
-        one_row: "All rows are the same list. `[row] * stages` repeats a reference: make a new "
-        "list for each stage.",
-    },
-)
-
-
-# 12.3: the bubble
-
-
-def bubble_fraction(busy):
-    """The share of the ranks' time that is idle, from the first start to the last end.
-
-    `busy`: for each stage, a list of (start, end) in seconds, when it computed.
-    """
-    first = min(start for spans in busy for start, _ in spans)
-    last = max(end for spans in busy for _, end in spans)
-    computing = sum(end - start for spans in busy for start, end in spans)
-    return 1 - computing / (len(busy) * (last - first))
-
-
-def forward_pipeline(seconds, micro_batches, start):
-    """When each stage is busy. `seconds`: of one micro-batch in each stage."""
-    ready = [start] * micro_batches  # when a micro-batch leaves the stage before
-    busy = []
-    for duration in seconds:
-        spans = []
-        free = start
-        for batch in range(micro_batches):
-            begin = max(free, ready[batch])
-            free = ready[batch] = begin + duration
-            spans.append((begin, free))
-        busy.append(spans)
-    return busy
-
-
-def timelines():
-    yield (forward_pipeline([1.0] * 3, 6, 0.0),)
-    for stages in (2, 4):
-        seconds = (0.1 + torch.rand(stages)).tolist()
-        yield (forward_pipeline(seconds, 5, 10.0),)
-
-
-def bubble_of_equal_stages(busy):
-    stages, micro_batches = len(busy), len(busy[0])
-    return (stages - 1) / (micro_batches + stages - 1)
-
-
-def idle_per_computing(busy):
-    bubble = bubble_fraction(busy)
-    return bubble / (1 - bubble)
-
-
-def clock_starts_at_zero(busy):
-    last = max(end for spans in busy for _, end in spans)
-    computing = sum(end - start for spans in busy for start, end in spans)
-    return 1 - computing / (len(busy) * last)
-
-
-def share_that_computes(busy):
-    return 1 - bubble_fraction(busy)
-
-
-TASKS["12.3"] = Task(
-    reference=bubble_fraction,
-    inputs=timelines,
-    hints=[
-        "The stages together have (number of stages) x (length of the timeline) seconds. Which "
-        "part of them is spent computing?",
-        "Add up end - start over all spans of all stages. The timeline is as long as the latest "
-        "end minus the earliest start, which is not 0.",
-    ],
-    mistakes={
-        bubble_of_equal_stages: "(S - 1) / (M + S - 1) holds only if all stages take the same "
-        "time. Add up the measured spans instead.",
-        idle_per_computing: "This is idle time divided by computing time. Divide by all of the "
-        "time, computing and idle.",
-        clock_starts_at_zero: "The clock does not start at 0: subtract the earliest start.",
-        share_that_computes: "This is the share that computes. The bubble is the rest.",
-    },
-)
-
-
-# 12.4 and 12.5: a linear layer over two ranks
+# 12.2 and 12.3: a linear layer over two ranks
 
 
 def column_parallel(inputs, weight, bias):
@@ -372,7 +215,7 @@ def mean_of_the_rows(inputs, weight, bias):
     return outputs / dist.get_world_size() + bias
 
 
-TASKS["12.4"] = Task(
+TASKS["12.2"] = Task(
     reference=column_parallel,
     inputs=linear_layers,
     run=run_columns,
@@ -391,7 +234,7 @@ TASKS["12.4"] = Task(
     },
 )
 
-TASKS["12.5"] = Task(
+TASKS["12.3"] = Task(
     reference=row_parallel,
     inputs=linear_layers,
     run=run_rows,
@@ -409,84 +252,7 @@ TASKS["12.5"] = Task(
 )
 
 
-# 12.6: a convolution over two ranks
-
-
-def conv_by_channels(images, weight, bias):
-    """A 3x3 convolution with padding 1 whose output channels are divided among the ranks.
-
-    All ranks have the images (N, inputs, H, W) and the whole layer: `weight` (outputs, inputs, 3,
-    3) and `bias` (outputs,). Each computes its own share of the output channels, in the order of
-    the ranks. Returns all channels, (N, outputs, H, W), in all ranks.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    part = F.conv2d(images, weight.chunk(world)[rank], bias.chunk(world)[rank], padding=1)
-    parts = [torch.empty_like(part) for _ in range(world)]
-    dist.all_gather(parts, part)
-    return torch.cat(parts, dim=1)
-
-
-def convolutions():
-    yield torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3), torch.randn(6)
-
-
-def run_conv(function, images, weight, bias):
-    """The outputs of each rank, and the floating-point operations that it needed."""
-
-    def call():
-        with FlopCounterMode(display=False) as counter:
-            outputs = function(images, weight, bias)
-        if not isinstance(outputs, torch.Tensor):
-            return outputs
-        return {"outputs": outputs, "FLOPs": counter.get_total_flops()}
-
-    return by_rank(call)
-
-
-def whole_convolution(images, weight, bias):
-    return F.conv2d(images, weight, bias, padding=1)
-
-
-def own_channels(images, weight, bias):
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return F.conv2d(images, weight.chunk(world)[rank], bias.chunk(world)[rank], padding=1)
-
-
-def channels_as_images(images, weight, bias):
-    part = own_channels(images, weight, bias)
-    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, part)
-    return torch.cat(parts)
-
-
-def split_by_input_channels(images, weight, bias):
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return F.conv2d(images, weight.chunk(world, dim=1)[rank], bias, padding=1)
-
-
-TASKS["12.6"] = Task(
-    reference=conv_by_channels,
-    inputs=convolutions,
-    run=run_conv,
-    hints=[
-        "An output channel needs all input channels, its own filter and its own bias, and no other "
-        "output channel. Which dimension of the weight are the output channels?",
-        "`weight.chunk(world)[rank]` is the share of a rank. Do the same with the bias.",
-        "Gather the parts as in the column-parallel linear layer. Channels are dimension 1 of the "
-        "outputs.",
-    ],
-    mistakes={
-        whole_convolution: "The result is right, but each rank computed all of the channels: twice "
-        "the operations. Use this rank's share of weight and bias only.",
-        own_channels: "These are the channels of this rank only. Gather those of the other ranks.",
-        channels_as_images: "The parts were joined along the images. Use dim=1, the channels.",
-        split_by_input_channels: "The weight was divided along its input channels. The output "
-        "channels are dimension 0.",
-    },
-)
-
-
-# 12.7: the first stage of ZeRO
+# 12.4: the first stage of ZeRO
 
 
 def zero1_step(parameters, gradients, momentum, learning_rate):
@@ -548,7 +314,7 @@ def no_momentum(parameters, gradients, momentum, learning_rate):
     zero1_step(parameters, gradients, torch.zeros_like(momentum), learning_rate)
 
 
-TASKS["12.7"] = Task(
+TASKS["12.4"] = Task(
     reference=zero1_step,
     inputs=flat_parameters,
     run=run_three_steps,
@@ -571,7 +337,7 @@ TASKS["12.7"] = Task(
 )
 
 
-# 12.8: memory of ZeRO
+# 12.5: memory of ZeRO
 
 
 def bytes_per_rank(parameters, ranks, stage):
@@ -623,7 +389,7 @@ def parameters_first(parameters, ranks, stage):
     return {name: size / ranks if name in divided else size for name, size in memory.items()}
 
 
-TASKS["12.8"] = Task(
+TASKS["12.5"] = Task(
     reference=bytes_per_rank,
     inputs=models,
     hints=[
@@ -643,7 +409,164 @@ TASKS["12.8"] = Task(
 )
 
 
-# 12.9: balanced stages
+# 12.6: the bubble
+
+
+def bubble_fraction(busy):
+    """The share of the ranks' time that is idle, from the first start to the last end.
+
+    `busy`: for each stage, a list of (start, end) in seconds, when it computed.
+    """
+    first = min(start for spans in busy for start, _ in spans)
+    last = max(end for spans in busy for _, end in spans)
+    computing = sum(end - start for spans in busy for start, end in spans)
+    return 1 - computing / (len(busy) * (last - first))
+
+
+def forward_pipeline(seconds, micro_batches, start):
+    """When each stage is busy. `seconds`: of one micro-batch in each stage."""
+    ready = [start] * micro_batches  # when a micro-batch leaves the stage before
+    busy = []
+    for duration in seconds:
+        spans = []
+        free = start
+        for batch in range(micro_batches):
+            begin = max(free, ready[batch])
+            free = ready[batch] = begin + duration
+            spans.append((begin, free))
+        busy.append(spans)
+    return busy
+
+
+def timelines():
+    yield (forward_pipeline([1.0] * 3, 6, 0.0),)
+    for stages in (2, 4):
+        seconds = (0.1 + torch.rand(stages)).tolist()
+        yield (forward_pipeline(seconds, 5, 10.0),)
+
+
+def bubble_of_equal_stages(busy):
+    stages, micro_batches = len(busy), len(busy[0])
+    return (stages - 1) / (micro_batches + stages - 1)
+
+
+def idle_per_computing(busy):
+    bubble = bubble_fraction(busy)
+    return bubble / (1 - bubble)
+
+
+def clock_starts_at_zero(busy):
+    last = max(end for spans in busy for _, end in spans)
+    computing = sum(end - start for spans in busy for start, end in spans)
+    return 1 - computing / (len(busy) * last)
+
+
+def share_that_computes(busy):
+    return 1 - bubble_fraction(busy)
+
+
+TASKS["12.6"] = Task(
+    reference=bubble_fraction,
+    inputs=timelines,
+    hints=[
+        "The stages together have (number of stages) x (length of the timeline) seconds. Which "
+        "part of them is spent computing?",
+        "Add up end - start over all spans of all stages. The timeline is as long as the latest "
+        "end minus the earliest start, which is not 0.",
+    ],
+    mistakes={
+        bubble_of_equal_stages: "(S - 1) / (M + S - 1) holds only if all stages take the same "
+        "time. Add up the measured spans instead.",
+        idle_per_computing: "This is idle time divided by computing time. Divide by all of the "
+        "time, computing and idle.",
+        clock_starts_at_zero: "The clock does not start at 0: subtract the earliest start.",
+        share_that_computes: "This is the share that computes. The bubble is the rest.",
+    },
+)
+
+
+# 12.7: the schedule of GPipe
+
+
+def gpipe_schedule(stages, micro_batches):
+    """The schedule of GPipe as a table: what each stage does at each tick of a clock.
+
+    The forward pass (F) and the backward pass (B) of one micro-batch in one stage each take one
+    tick. First come all forward passes, then all backward passes, each kind in the order of the
+    micro-batches. The next stage can start one tick later. The table has a row for each stage, and
+    in it an entry for each tick: "F0" for the forward pass of micro-batch 0, "B0" for its backward
+    pass, "" if the stage is idle.
+    """
+    ticks = stages + micro_batches - 1
+    table = [[""] * (2 * ticks) for _ in range(stages)]
+    for stage in range(stages):
+        for batch in range(micro_batches):
+            table[stage][stage + batch] = f"F{batch}"
+            table[stage][ticks + (stages - 1 - stage) + batch] = f"B{batch}"
+    return table
+
+
+def one_micro_batch_after_the_other(stages, micro_batches):
+    table = [[""] * (2 * stages * micro_batches) for _ in range(stages)]
+    for stage in range(stages):
+        for batch in range(micro_batches):
+            table[stage][batch * stages + stage] = f"F{batch}"
+            table[stage][(micro_batches + batch) * stages + stages - 1 - stage] = f"B{batch}"
+    return table
+
+
+def backward_from_the_first_stage(stages, micro_batches):
+    ticks = stages + micro_batches - 1
+    table = [[""] * (2 * ticks) for _ in range(stages)]
+    for stage in range(stages):
+        for batch in range(micro_batches):
+            table[stage][stage + batch] = f"F{batch}"
+            table[stage][ticks + stage + batch] = f"B{batch}"
+    return table
+
+
+def last_micro_batch_first(stages, micro_batches):
+    table = gpipe_schedule(stages, micro_batches)
+    last = micro_batches - 1
+    new = {f"B{batch}": f"B{last - batch}" for batch in range(micro_batches)}
+    return [[new.get(entry, entry) for entry in row] for row in table]
+
+
+def one_row(stages, micro_batches):
+    ticks = stages + micro_batches - 1
+    table = [[""] * (2 * ticks)] * stages
+    for stage in range(stages):
+        for batch in range(micro_batches):
+            table[stage][stage + batch] = f"F{batch}"
+            table[stage][ticks + (stages - 1 - stage) + batch] = f"B{batch}"
+    return table
+
+
+TASKS["12.7"] = Task(
+    reference=gpipe_schedule,
+    inputs=lambda: [(2, 2), (3, 5), (4, 8)],
+    hints=[
+        "Draw it on paper for 2 stages and 3 micro-batches. When does stage 1 start micro-batch 0? "
+        "When is the last forward pass over?",
+        "Start from a table of empty strings with `stages` rows. The forward passes take "
+        "stages + micro_batches - 1 ticks, the backward passes as many again.",
+        "Stage s computes F of micro-batch m at tick s + m. The backward passes are the mirror "
+        "image: the last stage is the first to start.",
+    ],
+    mistakes={
+        one_micro_batch_after_the_other: "A stage waits until a micro-batch has left the last "
+        "stage. It can start the next one as soon as it has passed one on.",
+        backward_from_the_first_stage: "The backward pass starts in the last stage, which has the "
+        "loss, and goes back to stage 0.",
+        last_micro_batch_first: "The backward passes must be in the order of the micro-batches "
+        "too: B0 first.",
+        one_row: "All rows are the same list. `[row] * stages` repeats a reference: make a new "
+        "list for each stage.",
+    },
+)
+
+
+# 12.8: balanced stages
 
 
 def balanced_cut(seconds, stages):
@@ -702,7 +625,7 @@ def fastest_instead_of_slowest(seconds, stages):
     return min(combinations(range(1, len(seconds)), stages - 1), key=fastest)
 
 
-TASKS["12.9"] = Task(
+TASKS["12.8"] = Task(
     reference=balanced_cut,
     inputs=layers,
     run=run_cut,
@@ -718,5 +641,149 @@ TASKS["12.9"] = Task(
         one_cut_too_many: "Three stages need two cuts: stages - 1.",
         fastest_instead_of_slowest: "This minimizes the fastest stage. All others wait for the "
         "slowest one.",
+    },
+)
+
+
+# 12.9: a convolution over two ranks
+
+
+def conv_by_channels(images, weight, bias):
+    """A 3x3 convolution with padding 1 whose output channels are divided among the ranks.
+
+    All ranks have the images (N, inputs, H, W) and the whole layer: `weight` (outputs, inputs, 3,
+    3) and `bias` (outputs,). Each computes its own share of the output channels, in the order of
+    the ranks. Returns all channels, (N, outputs, H, W), in all ranks.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    part = F.conv2d(images, weight.chunk(world)[rank], bias.chunk(world)[rank], padding=1)
+    parts = [torch.empty_like(part) for _ in range(world)]
+    dist.all_gather(parts, part)
+    return torch.cat(parts, dim=1)
+
+
+def convolutions():
+    yield torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3), torch.randn(6)
+
+
+def run_conv(function, images, weight, bias):
+    """The outputs of each rank, and the floating-point operations that it needed."""
+
+    def call():
+        with FlopCounterMode(display=False) as counter:
+            outputs = function(images, weight, bias)
+        if not isinstance(outputs, torch.Tensor):
+            return outputs
+        return {"outputs": outputs, "FLOPs": counter.get_total_flops()}
+
+    return by_rank(call)
+
+
+def whole_convolution(images, weight, bias):
+    return F.conv2d(images, weight, bias, padding=1)
+
+
+def own_channels(images, weight, bias):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return F.conv2d(images, weight.chunk(world)[rank], bias.chunk(world)[rank], padding=1)
+
+
+def channels_as_images(images, weight, bias):
+    part = own_channels(images, weight, bias)
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part)
+    return torch.cat(parts)
+
+
+def split_by_input_channels(images, weight, bias):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return F.conv2d(images, weight.chunk(world, dim=1)[rank], bias, padding=1)
+
+
+TASKS["12.9"] = Task(
+    reference=conv_by_channels,
+    inputs=convolutions,
+    run=run_conv,
+    hints=[
+        "An output channel needs all input channels, its own filter and its own bias, and no other "
+        "output channel. Which dimension of the weight are the output channels?",
+        "`weight.chunk(world)[rank]` is the share of a rank. Do the same with the bias.",
+        "Gather the parts as in the column-parallel linear layer. Channels are dimension 1 of the "
+        "outputs.",
+    ],
+    mistakes={
+        whole_convolution: "The result is right, but each rank computed all of the channels: twice "
+        "the operations. Use this rank's share of weight and bias only.",
+        own_channels: "These are the channels of this rank only. Gather those of the other ranks.",
+        channels_as_images: "The parts were joined along the images. Use dim=1, the channels.",
+        split_by_input_channels: "The weight was divided along its input channels. The output "
+        "channels are dimension 0.",
+    },
+)
+
+
+# 12.10: the schedule 1F1B
+
+
+def order_1f1b(stage, stages, micro_batches):
+    """The passes of one stage (from 0) under 1F1B, in their order: ["F0", "F1", "B0", ...].
+
+    A stage keeps the activations of a micro-batch from its forward pass (F) to its backward pass
+    (B). Stage s may keep those of `stages - s` micro-batches at the same time. It runs the next
+    forward pass whenever it may, and otherwise the next backward pass.
+    """
+    order = []
+    forward = backward = 0
+    while backward < micro_batches:
+        if forward < micro_batches and forward - backward < stages - stage:
+            order.append(f"F{forward}")
+            forward += 1
+        else:
+            order.append(f"B{backward}")
+            backward += 1
+    return order
+
+
+def all_forward_first(stage, stages, micro_batches):
+    return [f"{kind}{batch}" for kind in "FB" for batch in range(micro_batches)]
+
+
+def same_limit_in_all_stages(stage, stages, micro_batches):
+    return order_1f1b(0, stages, micro_batches)
+
+
+def limit_of_one(stage, stages, micro_batches):
+    return order_1f1b(stages - 1, stages, micro_batches)
+
+
+def backward_before_forward(stage, stages, micro_batches):
+    return order_1f1b(stage + 1, stages, micro_batches)
+
+
+def forward_beyond_the_last(stage, stages, micro_batches):
+    order = order_1f1b(stage, stages, micro_batches + stages)
+    return order[: 2 * micro_batches]
+
+
+TASKS["12.10"] = Task(
+    reference=order_1f1b,
+    inputs=lambda: [(2, 3, 4), (0, 3, 4), (1, 3, 4), (1, 4, 8), (0, 4, 2)],
+    hints=[
+        "Count the forward and the backward passes so far. How many micro-batches does the stage "
+        "keep activations of?",
+        "Loop until the last backward pass. In each round choose one pass: forward, if a "
+        "micro-batch is left and the stage may keep one more.",
+    ],
+    mistakes={
+        all_forward_first: "This is the order of GPipe: the stage keeps the activations of all "
+        "micro-batches.",
+        same_limit_in_all_stages: "The limit depends on the stage: the last one may keep the "
+        "activations of one micro-batch only.",
+        limit_of_one: "Only the last stage alternates from the start. The others would wait for "
+        "it: they may keep more than one micro-batch.",
+        backward_before_forward: "The limit is one too small: the last stage could not run any "
+        "forward pass.",
+        forward_beyond_the_last: "The stage runs forward passes of micro-batches that do not "
+        "exist. After the last forward pass only backward passes are left.",
     },
 )
