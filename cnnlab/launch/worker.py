@@ -88,11 +88,15 @@ def call_once(rank: int, world: int, function: Callable, args: tuple) -> Iterato
 
 def train_rank(rank: int, world: int, recipe: Recipe, checkpoints: str | None) -> Iterator[Event]:
     """Train one rank of `recipe` and yield its events."""
-    if recipe.strategy == "async" and world > 1:
-        return train_async(recipe, rank, world)
-    if recipe.strategy == "pipeline":
-        return train_pipeline(recipe, rank, world, checkpoints)
-    return train(recipe, rank, world, checkpoints)
+    try:
+        if recipe.strategy == "async" and world > 1:
+            yield from train_async(recipe, rank, world)
+        elif recipe.strategy == "pipeline":
+            yield from train_pipeline(recipe, rank, world, checkpoints)
+        else:
+            yield from train(recipe, rank, world, checkpoints)
+    except (RuntimeError, MemoryError) as error:
+        raise techniques.memory_limit_error(recipe, error) or error from None
 
 
 def train_under_torchrun(recipe: Recipe, checkpoints: str | None = None) -> Iterator[Event]:

@@ -1,5 +1,6 @@
 """One function per technique; `prepare` applies a recipe's techniques in one visible order."""
 
+import ctypes
 import os
 import random
 from collections.abc import Iterator
@@ -8,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cnnlab import machine
 from cnnlab.parallel import data_parallel, pipeline, sharding, simulated_network, tensor_parallel
-from cnnlab.recipe import Recipe
+from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training.clock import Clock
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,9 +44,10 @@ def prepare(
     if device.type == "cuda":
         set_tf32(recipe.precision == "tf32")
     if recipe.strategy == "tensor":
-        model = tensor_parallel.shard_layers(model, mesh["model"])
+        model = tensor_parallel.shard_layers(model, mesh["model"], clock)
     if recipe.strategy == "pipeline":
-        model = pipeline.split_stages(model, recipe, mesh["model"], shape)
+        with autocast(recipe):  # because it runs the layers to measure their times
+            model = pipeline.split_stages(model, recipe, mesh["model"], shape)
     if recipe.recompute:
         model = recompute_activations(model)
     if recipe.strategy == "fsdp":
@@ -54,6 +57,43 @@ def prepare(
     if recipe.compiler != "eager":
         model = compile_model(model)  # last, so that it compiles all of the above
     return model
+
+
+def limit_memory(recipe: Recipe) -> None:
+    """Let this rank allocate at most `recipe.memory_limit_mib` in addition to what it has now.
+
+    Raises `CnnlabError` outside of a rank, because the limit holds for the whole process.
+    """
+    if recipe.memory_limit_mib is None:
+        return
+    if "RANK" not in os.environ:
+        raise CnnlabError("memory_limit_mib needs processes of its own. Use cnnlab.run(recipe).")
+    limit = recipe.memory_limit_mib * 2**20
+    if recipe.device == "cuda":
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        return
+    import resource  # not on Windows
+
+    # Only what is in use shall count: glibc returns freed blocks of 64 KiB or more at once
+    # (M_MMAP_THRESHOLD), and the stacks of torch's threads exist before.
+    ctypes.CDLL(None).mallopt(-3, 2**16)
+    torch.ones(2**20).sum()
+    in_use = psutil.Process().memory_info().data
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (in_use + limit, hard))
+
+
+def memory_limit_error(recipe: Recipe, error: BaseException) -> CnnlabError | None:
+    """What to change if `error` says that the recipe's memory limit was exceeded, else None."""
+    texts = ("memory", "bad_alloc", "primitive")  # in the errors of torch, C++ and oneDNN
+    if recipe.memory_limit_mib is None or not any(text in repr(error).lower() for text in texts):
+        return None
+    return CnnlabError(
+        f"training needs more than memory_limit_mib={recipe.memory_limit_mib} on a rank. Raise it, "
+        "or divide the model over more ranks (strategy='fsdp' with replicas, 'pipeline' with "
+        "stages, 'tensor' with tensor_ranks), or use recompute=True or a lower batch_size."
+    )
 
 
 def set_threads(recipe: Recipe, world: int = 1) -> None:
