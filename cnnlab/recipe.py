@@ -72,9 +72,9 @@ class Recipe:
     tensor_ranks: int = 1  # ranks of each replica, with a part of every layer (tensor only)
     recompute: bool = False  # free activations, and compute them again in the backward pass
     memory_limit_mib: int | None = None  # memory a rank may use for training; None: all there is
-    compression: Compression = "none"  # gradient compression in the all-reduce (ddp only)
-    bucket_mb: float | None = None  # gradient bucket size in MiB (ddp only); None: torch's own
-    accumulate: int = 1  # micro-batches per step, with one all-reduce for all (ddp only)
+    compression: Compression = "none"  # gradient compression in the all-reduce (ddp, zero1)
+    bucket_mb: float | None = None  # gradient bucket size in MiB (ddp, zero1); None: torch's own
+    accumulate: int = 1  # micro-batches per step, with one all-reduce for all (ddp, zero1)
     sync_every: int = 8  # steps between two averagings of the parameters (local-sgd only)
     staleness: int | None = None  # steps a rank may be ahead of the slowest (async); None: any
     latency_ms: float = 0.0  # simulated network: minimum time per message in ms
@@ -203,7 +203,7 @@ def _check_strategy(recipe: Recipe) -> None:
         return
     for name in ("compression", "bucket_mb", "accumulate"):
         value, default = getattr(recipe, name), getattr(Recipe, name)
-        if value != default:
+        if value != default and strategy != "zero1":
             raise CnnlabError(
                 f"{name}={value!r} needs strategy='ddp', because strategy={strategy!r} does not "
                 f"use DDP's gradient buckets. Use strategy='ddp' or {name}={default!r}."
@@ -239,27 +239,40 @@ def _check_model_parallel(recipe: Recipe) -> None:
     if strategy not in SHARDED:
         return
     field = {"pipeline": "stages", "tensor": "tensor_ranks"}.get(strategy, "replicas")
-    if getattr(recipe, field) == 1:
-        raise CnnlabError(
-            f"strategy={strategy!r} needs several ranks to share a model. Use {field}=2."
-        )
-    if (recipe.batch_size // recipe.replicas) % recipe.micro_batches:
-        raise CnnlabError(
-            f"micro_batches={recipe.micro_batches} does not divide the "
-            f"{recipe.batch_size // recipe.replicas} images per replica. Use a divisor of them."
-        )
-    if recipe.latency_ms or recipe.bandwidth_mbit:
-        raise CnnlabError(
-            f"latency_ms and bandwidth_mbit need strategy='ddp' or 'ring': the simulated network "
-            f"does not delay the messages of strategy={strategy!r}."
-        )
-    if recipe.straggler_ms and strategy == "pipeline":
-        raise CnnlabError("straggler_ms does not work with strategy='pipeline'. Use 'tensor'.")
-    if recipe.compiler != "eager" and strategy != "zero1":
-        raise CnnlabError(
+    share = recipe.batch_size // recipe.replicas
+    slow_network = recipe.latency_ms or recipe.bandwidth_mbit
+    for impossible, message in (
+        (
+            getattr(recipe, field) == 1,
+            f"strategy={strategy!r} needs several ranks to share a model. Use {field}=2.",
+        ),
+        (
+            share % recipe.micro_batches,
+            f"micro_batches={recipe.micro_batches} does not divide the {share} images per replica. "
+            f"Use a divisor of {share}.",
+        ),
+        (
+            slow_network,
+            "latency_ms and bandwidth_mbit need strategy='ddp' or 'ring': the simulated network "
+            f"does not delay the messages of strategy={strategy!r}.",
+        ),
+        (
+            recipe.straggler_ms and strategy == "pipeline",
+            "straggler_ms does not work with strategy='pipeline'. Use another strategy.",
+        ),
+        (
+            recipe.compiler != "eager" and strategy != "zero1",
             f"compiler={recipe.compiler!r} is not supported with strategy={strategy!r}. "
-            "Use compiler='eager' or strategy='zero1'."
-        )
+            "Use compiler='eager' or strategy='zero1'.",
+        ),
+        (
+            recipe.memory_format == "channels_last" and strategy == "fsdp",
+            "memory_format='channels_last' is not supported with strategy='fsdp', which shards "
+            "contiguous weights only. Use memory_format='contiguous' or strategy='zero1'.",
+        ),
+    ):
+        if impossible:
+            raise CnnlabError(message)
 
 
 def _check_device_and_data(recipe: Recipe) -> None:
@@ -270,6 +283,11 @@ def _check_device_and_data(recipe: Recipe) -> None:
     if recipe.device != "cuda" and recipe.precision == "tf32":
         raise CnnlabError(
             "precision='tf32' needs device='cuda' with Tensor Cores. Use precision='bf16'."
+        )
+    if recipe.recompute and recipe.compiler != "eager":
+        raise CnnlabError(
+            f"recompute=True does not work with compiler={recipe.compiler!r}: torch.compile rejects "
+            "the code that keeps batch norm correct. Use compiler='eager' or recompute=False."
         )
     if recipe.steps is not None and recipe.steps <= recipe.warmup_steps:
         raise CnnlabError(

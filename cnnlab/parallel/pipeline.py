@@ -1,13 +1,166 @@
 """Pipeline parallelism: each rank holds consecutive layers, and micro-batches pass through."""
 
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+import copy
+from functools import cache, partial
+from typing import Any
 
-from cnnlab.recipe import Recipe
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.benchmark import Timer
+
+from cnnlab.parallel.pipeline_schedule import stages_per_rank
+from cnnlab.recipe import CnnlabError, Recipe
+
+
+class Stage(nn.Sequential):
+    """Consecutive layers. (N, channels, size, size) -> the activations that the next stage needs.
+
+    It is stage `number`, from 0, of `count`. `inputs` and `outputs` are meta tensors that show
+    what it takes and returns for one micro-batch.
+    """
+
+    def __init__(
+        self, layers: list[nn.Module], number: int, count: int, inputs: Tensor, outputs: Tensor
+    ) -> None:
+        super().__init__(*layers)
+        self.number = number
+        self.count = count
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).contiguous()  # as messages must be
 
 
 def split_stages(
-    network: nn.Module, recipe: Recipe, mesh: DeviceMesh, shape: tuple[int, int, int] | None
-) -> nn.Module:
-    """Keep this rank's layers in `network`, and return its stages as an `nn.ModuleList`."""
-    raise NotImplementedError
+    network: nn.Module, recipe: Recipe, mesh: DeviceMesh, shape: tuple[int, int, int]
+) -> nn.ModuleList:
+    """Keep only this rank's layers in `network`, and return them as its stages.
+
+    Stages are cut so that the slowest one is as fast as possible, by times that rank 0 measures.
+    The remaining layers keep their names, so that checkpoints have those of the whole network.
+    `network(images)` then is collective: the logits reach all ranks, without gradients. `shape`:
+    (channels, size, classes) of the images.
+    """
+    ranks, rank = mesh.size(), mesh.get_local_rank()
+    count = ranks * stages_per_rank(recipe.pipeline_schedule)
+    units = _list_units(network)
+    if len(units) < count:
+        raise CnnlabError(
+            f"stages={ranks} with pipeline_schedule={recipe.pipeline_schedule!r} cuts the model "
+            f"into {count} parts, but {recipe.model} has only {len(units)} layers with parameters. "
+            "Lower stages or choose a deeper model."
+        )
+    plan: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        images = _example_images(network, recipe, shape)
+        seconds, examples = _measure_units(units, images)
+        plan = [_balanced_cuts(seconds, count), examples]
+    dist.broadcast_object_list(plan)  # to all replicas, because they average their gradients
+    cuts, examples = plan
+    stages = nn.ModuleList()
+    for number in range(count):
+        part = slice(cuts[number], cuts[number + 1])
+        layers = [layer for unit in units[part] for layer in unit]
+        if number % ranks == rank:
+            modules = [getattr(parent, name) for parent, name in layers]
+            stages.append(Stage(modules, number, count, examples[part.start], examples[part.stop]))
+        else:
+            for parent, name in layers:
+                delattr(parent, name)
+    network.forward = partial(_forward_through_stages, stages, mesh, examples[-1])  # type: ignore
+    return stages
+
+
+def _list_units(network):
+    """The smallest parts between which to cut: a layer with parameters and those without after it.
+
+    Each layer is given as (parent, name). Activations are small there, and no stage lacks
+    parameters to train.
+    """
+    units: list[list] = []
+    for parent, name in _list_layers(network):
+        if not units or any(True for _ in getattr(parent, name).parameters()):
+            units.append([])
+        units[-1].append((parent, name))
+    return units
+
+
+def _list_layers(module):
+    for name, child in module.named_children():
+        if type(child).forward is nn.Sequential.forward:
+            yield from _list_layers(child)
+        else:
+            yield module, name
+
+
+def _example_images(network, recipe, shape):
+    channels, size, _ = shape
+    count = recipe.batch_size // recipe.replicas // recipe.micro_batches
+    parameter = next(network.parameters())
+    return torch.rand(count, channels, size, size, dtype=parameter.dtype, device=parameter.device)
+
+
+def _measure_units(units, activations):
+    """Seconds of each unit for a micro-batch, forward and backward, and examples of activations.
+
+    One unit at a time: no more of the activations and gradients is in memory.
+    """
+    seconds, examples = [], [activations.to("meta")]
+    for unit in units:
+        layers = [getattr(parent, name) for parent, name in unit]
+        copied = copy.deepcopy(nn.Sequential(*layers))  # whose batch norm and gradients may change
+        inputs = activations.detach().requires_grad_(activations.requires_grad)
+        timer = Timer(
+            "layers(inputs).sum().backward()",
+            globals={"layers": copied, "inputs": inputs},
+            num_threads=torch.get_num_threads(),
+        )
+        seconds.append(timer.timeit(3).median)
+        activations = copied(inputs)
+        shape, dtype = activations.shape, activations.dtype
+        examples.append(torch.empty(shape, dtype=dtype, device="meta", requires_grad=True))
+    return seconds, examples
+
+
+def _balanced_cuts(seconds, count):
+    """Where to cut the units into `count` parts, [0, ..., len(seconds)]: the slowest is fastest."""
+
+    @cache
+    def cut(begin, count):
+        """The seconds of the slowest of `count` parts from `begin` on, and where they end."""
+        if count == 1:
+            return sum(seconds[begin:]), [len(seconds)]
+        options = []
+        for end in range(begin + 1, len(seconds) - count + 2):
+            slowest, ends = cut(end, count - 1)
+            options.append((max(sum(seconds[begin:end]), slowest), [end, *ends]))
+        return min(options)
+
+    return [0, *cut(0, count)[1]]
+
+
+@torch.no_grad()
+def _forward_through_stages(stages, mesh, logits, images):
+    """The logits of any number of images, on all ranks of the mesh."""
+    group, ranks, rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+    activations = images
+    for stage in stages:
+        if stage.number > 0:
+            activations = _empty_like(stage.inputs, images)
+            dist.recv(activations, group=group, group_src=(rank - 1) % ranks)
+        activations = stage(activations)
+        if stage.number < stage.count - 1:
+            dist.send(activations, group=group, group_dst=(rank + 1) % ranks)
+    if rank != ranks - 1:
+        activations = _empty_like(logits, images)
+    dist.broadcast(activations, group=group, group_src=ranks - 1)
+    return activations
+
+
+def _empty_like(example, images):
+    """Room for activations like those of a micro-batch, for as many images as given."""
+    shape = (len(images), *example.shape[1:])
+    return torch.empty(shape, dtype=example.dtype, device=images.device)

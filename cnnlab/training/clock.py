@@ -60,7 +60,7 @@ class Clock:
             yield batch
 
     def mark(self, phase: str) -> None:
-        """End a phase of the step: waiting, forward, backward or update.
+        """End a phase of the step: waiting, forward, backward, update, or exposed communication.
 
         `timed_communication` is exposed: the rank has nothing else to do meanwhile. Without it,
         communication overlaps with computation until the last transfer of the phase begins.
@@ -78,6 +78,8 @@ class Clock:
             self.phases.append((phase, begin, start))
             self.phases.append(("exposed", start, stop))
             begin = stop
+        if phase == "exposed":
+            self.exposed += end - begin
         self.phases.append((phase, begin, end))
 
     def record_communication(self, began_at: float) -> None:

@@ -1,13 +1,128 @@
-"""The loop of pipeline-parallel training."""
+"""The loop of pipeline-parallel training: a schedule runs forward and backward passes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from math import ceil
+from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from cnnlab.data.loader import random_shifts, shift_images, train_loader
 from cnnlab.events import Event
+from cnnlab.model import build
 from cnnlab.recipe import Recipe
+from cnnlab.training import checkpoint, techniques
+from cnnlab.training.clock import Clock
+from cnnlab.training.loop import evaluate, select_device, set_up, to_device
+from cnnlab.training.meter import Meter
 
 
 def train_pipeline(
     recipe: Recipe, rank: int, world: int, checkpoints: str | None = None
 ) -> Iterator[Event]:
-    """Train with strategy='pipeline' and yield the same events as `loop.train`."""
-    raise NotImplementedError
+    """Train with strategy='pipeline' and yield the same events as `loop.train`.
+
+    All ranks of a replica load its share of each batch: the first stage needs the images, the last
+    one the labels.
+    """
+    device = select_device(recipe, rank)
+    clock = Clock(device)
+    splits, steps, state = set_up(recipe, device, world, clock)
+    mesh: Any = state.mesh
+    schedule = make_schedule(recipe, state.model, mesh["model"].get_group(), device, clock)
+    with torch.device("meta"):
+        whole = build(recipe, splits.shape)
+    replica, replicas = rank // recipe.stages, world // recipe.stages
+    techniques.set_seed(recipe.seed, replica)
+    first = checkpoint.resume(checkpoints, recipe, state, steps) if checkpoints else 0
+    loader = train_loader(recipe, splits.train, replica, replicas, first=first, steps=steps)
+    shifts = islice(random_shifts(recipe.seed), first, None)
+    meter = Meter(recipe, rank, world, clock, first)
+    epochs = ceil(steps / len(loader))
+    accuracy = None
+
+    yield meter.started(whole, splits, steps)
+    clock.resume()
+    for epoch in range(1, epochs + 1):
+        for images, labels in clock.iterate(loader):
+            images, labels = to_device(images, labels, recipe, device)
+            if recipe.augment == "shift":
+                images = shift_images(images, next(shifts))
+            _train_step(images, labels, state, schedule, meter)
+            save_to = checkpoints if meter.step % recipe.checkpoint_every == 0 else None
+            if save_to or meter.report_due():
+                yield meter.progress(epoch)
+                if save_to:
+                    yield checkpoint.save(save_to, meter.step, recipe, state)
+                clock.resume()
+        if meter.losses:
+            yield meter.progress(epoch)
+        if recipe.evaluate and (epoch * len(loader) > first or epoch == epochs):
+            accuracy, test_loss = evaluate(state, recipe, splits.test, device, rank, world)
+            yield meter.evaluated(epoch, accuracy, test_loss, len(splits.test))
+        clock.resume()
+    yield meter.finished(accuracy)
+
+
+def _train_step(images, labels, state, schedule, meter):
+    """Each rank passes on what its stages compute. All learn the loss from the last one."""
+    group = state.mesh["model"].get_group()
+    losses: list = []
+    last = meter.recipe.stages - 1
+    totals = torch.zeros(2, dtype=torch.float64, device=images.device)
+    inputs = [images] if dist.get_rank(group) == 0 else []
+    logits = schedule.step(*inputs, target=labels, losses=losses)
+    if logits is not None:
+        totals[0] = torch.stack(losses).mean()
+        totals[1] = (logits.argmax(1) == labels).sum()
+    dist.broadcast(totals, group=group, group_src=last)
+    meter.clock.mark("exposed")
+    meter.step_loss += totals[0]
+    meter.correct += totals[1]
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.schedule.step()
+    meter.clock.mark("update")
+    meter.end_step()
+
+
+def make_schedule(
+    recipe: Recipe, parts: Any, group: dist.ProcessGroup, device: torch.device, clock: Clock
+) -> Any:
+    """The recipe's schedule of `torch.distributed.pipelining` for this rank's parts of the model.
+
+    The clock records when they compute; what is left of a step is exposed communication.
+    """
+    from torch.distributed import pipelining  # here, because importing it takes 0.5 s
+
+    def timed(phase: str, function: Callable) -> Callable:
+        def call(*args, **options):
+            clock.mark("exposed")  # since the last computation, waiting for other ranks
+            with techniques.autocast(recipe) if phase == "forward" else nullcontext():
+                result = function(*args, **options)
+            clock.mark(phase)
+            return result
+
+        return call
+
+    stages: list[Any] = []
+    for part in parts:
+        examples = {"input_args": part.inputs, "output_args": part.outputs}
+        stage: Any = pipelining.PipelineStage(
+            part, part.number, part.count, device, group=group, **examples
+        )
+        stage.forward_one_chunk = timed("forward", stage.forward_one_chunk)
+        stage.backward_one_chunk = timed("backward", stage.backward_one_chunk)
+        stages.append(stage)
+    options: Any = {
+        "n_microbatches": recipe.micro_batches,
+        "loss_fn": timed("forward", F.cross_entropy),
+    }
+    if recipe.pipeline_schedule == "interleaved":
+        return pipelining.ScheduleInterleaved1F1B(stages, **options)
+    if recipe.pipeline_schedule == "1f1b":
+        return pipelining.Schedule1F1B(stages[0], **options)
+    return pipelining.ScheduleGPipe(stages[0], **options)
