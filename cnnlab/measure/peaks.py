@@ -1,19 +1,30 @@
-"""The measured peaks of this machine: FLOP/s by precision, and copy bandwidth."""
+"""The timer, and the measured peaks of this machine: FLOP/s by precision, copy bandwidth."""
 
 from collections.abc import Callable
 from functools import partial
+from timeit import default_timer
 from typing import Any
 
+import numpy as np
 import torch
 from torch import bfloat16, float16, float32
 from torch.nn.functional import conv2d
-from torch.utils.benchmark import set_torch_threads
+from torch.utils.benchmark import set_torch_threads, timer
 
 from cnnlab.machine import PRECISIONS, cores
-from cnnlab.measure.benchmark import benchmark_interleaved
 
 DTYPES = {"fp32": float32, "tf32": float32, "bf16": bfloat16, "fp16": float16}
 Rate = tuple[float, float, float]  # per second: (median, first quartile, third quartile)
+
+
+def time_call(function: Callable[[], Any], calls: int = 1) -> tuple[float, float]:
+    """Mean seconds of one of `calls` calls: (until it returned, until the device finished)."""
+    start = timer()  # synchronizes first: earlier work may still be running
+    for _ in range(calls):
+        function()
+    returned = default_timer()
+    finished = timer()  # synchronizes first: a GPU works on after the call has returned
+    return (returned - start) / calls, (finished - start) / calls
 
 
 def peak_flops(
@@ -61,8 +72,10 @@ def _rate(work: float, function: Callable[[], Any], device: str, threads: int | 
     """`work` per second of a call."""
     calls = 10 if device == "cuda" else 1  # of a GPU's short calls, to amortize synchronization
     with set_torch_threads(threads or cores()):
-        found = benchmark_interleaved({"it": function}, device, 1000, calls, seconds=0.2)
-    figures = found["it"]
-    if "failed" in figures:
-        raise RuntimeError(figures["failed"])
-    return work / figures["median"], work / figures["q3"], work / figures["q1"]
+        time_call(function, calls)  # allocates, and chooses algorithms
+        times: list[float] = []
+        start = default_timer()
+        while len(times) < 2 or default_timer() - start < 0.2:
+            times.append(time_call(function, calls)[1])
+    q1, median, q3 = np.percentile(times, (25, 50, 75)).tolist()
+    return work / median, work / q3, work / q1

@@ -11,14 +11,16 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from timeit import default_timer
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,11 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from cnnlab import machine, record
 from cnnlab.data import datasets
 from cnnlab.measure import peaks
-from cnnlab.measure.benchmark import (
-    WARMUP_CALLS,
-    benchmark_interleaved,
-    describe_failure,
-)
 from cnnlab.measure.memory import allocated_bytes, saved_tensor_bytes
 from cnnlab.model import build
 from cnnlab.recipe import CnnlabError, Recipe
@@ -46,6 +43,7 @@ LIMITS = {  # of relative errors, by precision
     "fp16": {"logits": 1e-2, "losses": 1e-2},
     "bf16": {"logits": 5e-2, "losses": 1e-2},
 }
+WARMUP_CALLS = 3  # on a GPU, before timing and graph capture: they allocate and choose algorithms
 ONLY_GPU = (
     "needs device='cuda': a CPU executes each operation at once, so there is no kernel launch "
     "to batch and no copy to overlap."
@@ -114,6 +112,49 @@ def _capture(graph: torch.cuda.CUDAGraph, step: Callable[[], Any]) -> Any:
             return step()
     finally:
         torch.cuda.set_stream(main)  # a capture that fails leaves its own stream current
+
+
+def benchmark_interleaved(
+    functions: Mapping[str, Callable[[], Any]],
+    device: str,
+    repeats: int,
+    calls: int = 1,
+    seconds: float = 30.0,
+) -> dict[str, dict[str, Any]]:
+    """Time functions in the order A B A B ..., each repeat as the mean of `calls` calls.
+
+    Returns {name: figures}, in seconds per call: `median`, `q1`, `q3` and `n` of the repeats,
+    `returned_s` (the median until the call returned) and `first_s` (the first call, which may
+    compile). No third or later repeat starts after `seconds`. A function that raises during its
+    warm-up gets {"failed": message}; the others are still timed.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
+    for name, function in functions.items():
+        try:
+            figures[name] = {"first_s": peaks.time_call(function)[1]}
+            if device == "cuda":
+                peaks.time_call(function, WARMUP_CALLS)
+            times[name] = []
+        except Exception as error:
+            figures[name] = describe_failure(error)
+    start = default_timer()
+    for repeat in range(repeats):
+        if repeat >= 2 and default_timer() - start >= seconds:
+            break
+        for name in times:
+            times[name].append(peaks.time_call(functions[name], calls))
+    for name in times:
+        returned, finished = np.transpose(times[name])
+        q1, median, q3 = np.percentile(finished, (25, 50, 75)).tolist()
+        figures[name] |= {"median": median, "q1": q1, "q3": q3, "n": len(finished)}
+        figures[name]["returned_s"] = float(np.median(returned))
+    return figures
+
+
+def describe_failure(error: Exception) -> dict[str, str]:
+    """{"failed": message}, on one line and at most 300 characters long."""
+    return {"failed": f"{type(error).__name__}: " + " ".join(str(error).split())[:300]}
 
 
 def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:

@@ -23,6 +23,34 @@ def found(one_thread):
     return json.loads(json.dumps(dict(device.measure_all("cpu", quick=True)), allow_nan=False))
 
 
+def test_functions_run_interleaved_and_the_first_call_is_separate():
+    order = []
+    functions = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    found = device.benchmark_interleaved(functions, "cpu", 3, calls=2)
+    assert "".join(order) == "ab" + "aabb" * 3
+    assert found["a"]["n"] == 3 and ordered(found["a"]) and ordered(found["b"])
+
+
+def test_a_gpu_has_more_warmup_calls():
+    calls = []
+    device.benchmark_interleaved({"a": lambda: calls.append(1)}, "cuda", 2)
+    assert len(calls) == 1 + device.WARMUP_CALLS + 2
+
+
+def test_repeats_stop_when_time_is_up_but_not_before_the_second():
+    found = device.benchmark_interleaved({"a": lambda: None}, "cpu", 50, seconds=0)
+    assert found["a"]["n"] == 2
+
+
+def test_a_function_that_fails_does_not_affect_the_others():
+    def fails():
+        raise RuntimeError("out of\n memory")
+
+    found = device.benchmark_interleaved({"bad": fails, "good": lambda: None}, "cpu", 2)
+    assert found["bad"] == {"failed": "RuntimeError: out of memory"} and ordered(found["good"])
+    assert list(found) == ["bad", "good"]
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
