@@ -722,7 +722,119 @@ TASKS["12.9"] = Task(
 )
 
 
-# 12.10: the schedule 1F1B
+# 12.10: GPipe in two ranks
+
+
+def gpipe_step(stage, images, labels, shape, micro_batches):
+    """The loss and the gradients of one batch in a pipeline of two ranks, with micro-batches.
+
+    Like `pipeline_step`, but the batch is cut into micro-batches. First come the forward passes of
+    all of them, then the backward passes, in the same order. `shape` is that of the activations of
+    one micro-batch. Returns the loss of the whole batch in rank 1, None in rank 0.
+    """
+    kept = []
+    for part, target in zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True):
+        if dist.get_rank() == 0:
+            kept.append(stage(part))
+            dist.send(kept[-1].detach(), 1)
+        else:
+            activations = torch.empty(shape)
+            dist.recv(activations, 0)
+            activations.requires_grad_()
+            kept.append((activations, F.cross_entropy(stage(activations), target) / micro_batches))
+    if dist.get_rank() == 0:
+        for activations in kept:
+            gradient = torch.empty(shape)
+            dist.recv(gradient, 1)
+            activations.backward(gradient)
+        return None
+    for activations, loss in kept:
+        loss.backward()
+        dist.send(activations.grad, 0)
+    return sum(loss.item() for _, loss in kept)
+
+
+def two_stages_and_micro_batches():
+    for stages, images, labels, shape in two_stages():
+        yield stages, images, labels, (2, *shape[1:]), 4
+
+
+def run_micro_batches(function, stages, images, labels, shape, micro_batches):
+    """As `run_stages`, with the order of the forward (F) and backward (B) passes."""
+
+    def call():
+        stage = stages[dist.get_rank()]
+        passes = []
+
+        def record(_, inputs, outputs):
+            passes.append("F")
+            outputs.register_hook(lambda _: passes.append("B"))
+
+        stage.register_forward_hook(record)
+        loss = function(stage, images, labels, shape, micro_batches)
+        if not passes:
+            return None
+        gradients = [p.grad for p in stage.parameters()]
+        return {"loss": loss, "passes": "".join(passes), "gradients": gradients}
+
+    return by_rank(call)
+
+
+def sum_of_the_losses(stage, images, labels, shape, micro_batches):
+    if dist.get_rank() == 0:
+        return gpipe_step(stage, images, labels, shape, micro_batches)
+    kept = []
+    for target in labels.chunk(micro_batches):
+        activations = torch.empty(shape)
+        dist.recv(activations, 0)
+        activations.requires_grad_()
+        kept.append((activations, F.cross_entropy(stage(activations), target)))
+    for activations, loss in kept:
+        loss.backward()
+        dist.send(activations.grad, 0)
+    return sum(loss.item() for _, loss in kept)
+
+
+def one_step_for_each_micro_batch(stage, images, labels, shape, micro_batches):
+    losses = []
+    for part, target in zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True):
+        losses.append(pipeline_step(stage, part, target, shape))
+    if dist.get_rank() == 0:
+        return None
+    for parameter in stage.parameters():
+        parameter.grad /= micro_batches
+    return sum(losses) / micro_batches
+
+
+def whole_batch_at_once(stage, images, labels, shape, micro_batches):
+    return pipeline_step(stage, images, labels, (len(images), *shape[1:]))
+
+
+TASKS["12.10"] = Task(
+    reference=gpipe_step,
+    inputs=two_stages_and_micro_batches,
+    run=run_micro_batches,
+    hints=[
+        "`images.chunk(micro_batches)` and `labels.chunk(micro_batches)` are the micro-batches. "
+        "Two loops in each rank: the first one runs the forward passes and keeps in a list what "
+        "the backward passes need, the second one runs these.",
+        "Rank 0 keeps the activations of each micro-batch. Rank 1 keeps the activations that it "
+        "has received, because it must send their gradient, and the loss.",
+        "Gradients of several backward passes add up. The loss of a batch is the mean of those of "
+        "its equal parts: divide each by their number before the backward pass.",
+    ],
+    mistakes={
+        sum_of_the_losses: "The losses of the micro-batches were added up. The loss of the batch "
+        "is their mean: divide each loss before its backward pass.",
+        one_step_for_each_micro_batch: "Each micro-batch has left the pipeline before the next one "
+        "enters it, so one rank always waits. Run all forward passes first.",
+        whole_batch_at_once: "The batch went through the pipeline as a whole: cut it with "
+        "`chunk(micro_batches)`.",
+    },
+)
+
+
+# 12.11: the schedule 1F1B
 
 
 def order_1f1b(stage, stages, micro_batches):
@@ -765,7 +877,7 @@ def forward_beyond_the_last(stage, stages, micro_batches):
     return order[: 2 * micro_batches]
 
 
-TASKS["12.10"] = Task(
+TASKS["12.11"] = Task(
     reference=order_1f1b,
     inputs=lambda: [(2, 3, 4), (0, 3, 4), (1, 3, 4), (1, 4, 8), (0, 4, 2)],
     hints=[

@@ -35,6 +35,19 @@ def test_the_pipeline_computes_the_loss_and_the_gradients_of_one_process():
         torch.testing.assert_close(gradient, parameter.grad)
 
 
+def test_gpipe_computes_the_loss_and_the_gradients_of_one_process():
+    ((stages, images, labels, shape, micro_batches),) = TASKS["12.10"].inputs()
+    first, last = results("12.10", stages, images, labels, shape, micro_batches)
+    network = torch.nn.Sequential(*stages)
+    loss = F.cross_entropy(network(images), labels)
+    loss.backward()
+    assert last["loss"] == pytest.approx(loss.item())
+    gradients = [*first["gradients"], *last["gradients"]]
+    for gradient, parameter in zip(gradients, network.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+    assert first["passes"] == last["passes"] == "FFFFBBBB"
+
+
 @pytest.mark.parametrize("stages, micro_batches", [(1, 3), (2, 2), (4, 8), (8, 1)])
 def test_the_schedule_respects_dependencies_and_has_the_bubble_of_the_formula(
     stages, micro_batches
@@ -89,7 +102,7 @@ def test_the_balanced_cut_is_the_best_of_all():
 
 @pytest.mark.parametrize("stages, micro_batches", [(2, 4), (3, 4), (4, 8), (4, 2)])
 def test_under_1f1b_no_stage_blocks_and_stage_s_keeps_at_most_stages_minus_s(stages, micro_batches):
-    orders = [TASKS["12.10"].reference(stage, stages, micro_batches) for stage in range(stages)]
+    orders = [TASKS["12.11"].reference(stage, stages, micro_batches) for stage in range(stages)]
     done = [set() for _ in orders]
     kept = [0] * stages
     for _ in range(2 * stages * micro_batches):
