@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
-from cnnlab.recipe import Precision, Recipe
+from cnnlab.recipe import SHARDED, Precision, Recipe
 
 PRECISIONS = get_args(Precision)
 
@@ -99,6 +99,13 @@ def missing_for(recipe: Recipe) -> list[str]:
         needed.append("C++ compiler")
     missing = describe().missing
     sentences = [f"{name} missing: {missing[name]}" for name in needed if name in missing]
+    gpus = len(describe().gpus)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", recipe.ranks))  # here, under torchrun
+    if recipe.device == "cuda" and recipe.strategy in SHARDED and 0 < gpus < ranks:
+        sentences.append(
+            f"strategy={recipe.strategy!r} with device='cuda' needs a GPU for each of its {ranks} "
+            f"ranks, and there are {gpus}. Use fewer ranks, device='cpu' or strategy='ddp'."
+        )
     if recipe.strategy == "async" and os.name != "posix":
         sentences.append("strategy='async' needs POSIX file locks. Use Linux or macOS.")
     if recipe.memory_limit_mib and recipe.device == "cpu" and sys.platform != "linux":

@@ -197,18 +197,36 @@ def _check_batch(recipe: Recipe) -> None:
         )
 
 
+MODEL_PARALLEL_FIELDS = ("stages", "micro_batches", "pipeline_schedule", "tensor_ranks")
+REPLICATED = ("ddp", "ring", "local-sgd", "async")  # strategies whose ranks have the whole model
+
+# Field: the strategies that support other values than its default. Without an entry: all.
+SUPPORTED_BY = {
+    "compression": ("ddp", "zero1"),
+    "bucket_mb": ("ddp", "zero1"),
+    "accumulate": ("ddp", "zero1"),
+    "latency_ms": REPLICATED,
+    "bandwidth_mbit": REPLICATED,
+    "straggler_ms": (*REPLICATED, "zero1", "fsdp", "tensor"),
+    "compiler": (*REPLICATED, "zero1"),
+    "memory_format": (*REPLICATED, "zero1", "tensor", "pipeline"),
+    "stages": ("pipeline",),
+    "micro_batches": ("pipeline",),
+    "pipeline_schedule": ("pipeline",),
+    "tensor_ranks": ("tensor",),
+}
+
+
 def _check_strategy(recipe: Recipe) -> None:
     strategy = recipe.strategy
-    if strategy in (None, "ddp"):
-        return
-    for name in ("compression", "bucket_mb", "accumulate"):
+    for name, strategies in SUPPORTED_BY.items():
         value, default = getattr(recipe, name), getattr(Recipe, name)
-        if value != default and strategy != "zero1":
+        if value != default and (strategy or "ddp") not in strategies:
             raise CnnlabError(
-                f"{name}={value!r} needs strategy='ddp', because strategy={strategy!r} does not "
-                f"use DDP's gradient buckets. Use strategy='ddp' or {name}={default!r}."
+                f"{name}={value!r} needs strategy={' or '.join(map(repr, strategies))}, not "
+                f"strategy={strategy!r}. Change the strategy, or use {name}={default!r}."
             )
-    if recipe.precision == "fp16":
+    if recipe.precision == "fp16" and strategy not in (None, "ddp"):
         raise CnnlabError(
             "precision='fp16' needs strategy='ddp', because a rank that skips an overflowing step "
             f"would block the others of strategy={strategy!r}. Use precision='bf16'."
@@ -219,60 +237,24 @@ def _check_strategy(recipe: Recipe) -> None:
         )
 
 
-# Field: the strategy that uses it.
-MODEL_PARALLEL_FIELDS = {
-    "stages": "pipeline",
-    "micro_batches": "pipeline",
-    "pipeline_schedule": "pipeline",
-    "tensor_ranks": "tensor",
-}
-
-
 def _check_model_parallel(recipe: Recipe) -> None:
     strategy = recipe.strategy
-    for name, needed in MODEL_PARALLEL_FIELDS.items():
-        value, default = getattr(recipe, name), getattr(Recipe, name)
-        if value != default and strategy != needed:
-            raise CnnlabError(
-                f"{name}={value!r} needs strategy={needed!r}. Use that, or {name}={default!r}."
-            )
-    if strategy not in SHARDED:
-        return
-    field = {"pipeline": "stages", "tensor": "tensor_ranks"}.get(strategy, "replicas")
+    field = {"pipeline": "stages", "tensor": "tensor_ranks"}.get(str(strategy), "replicas")
+    if strategy in SHARDED and getattr(recipe, field) == 1:
+        raise CnnlabError(
+            f"strategy={strategy!r} needs several ranks to share a model. Use {field}=2."
+        )
     share = recipe.batch_size // recipe.replicas
-    slow_network = recipe.latency_ms or recipe.bandwidth_mbit
-    for impossible, message in (
-        (
-            getattr(recipe, field) == 1,
-            f"strategy={strategy!r} needs several ranks to share a model. Use {field}=2.",
-        ),
-        (
-            share % recipe.micro_batches,
+    if share % recipe.micro_batches:
+        raise CnnlabError(
             f"micro_batches={recipe.micro_batches} does not divide the {share} images per replica. "
-            f"Use a divisor of {share}.",
-        ),
-        (
-            slow_network,
-            "latency_ms and bandwidth_mbit need strategy='ddp' or 'ring': the simulated network "
-            f"does not delay the messages of strategy={strategy!r}.",
-        ),
-        (
-            recipe.straggler_ms and strategy == "pipeline",
-            "straggler_ms does not work with strategy='pipeline'. Use another strategy.",
-        ),
-        (
-            recipe.compiler != "eager" and strategy != "zero1",
-            f"compiler={recipe.compiler!r} is not supported with strategy={strategy!r}. "
-            "Use compiler='eager' or strategy='zero1'.",
-        ),
-        (
-            recipe.memory_format == "channels_last" and strategy == "fsdp",
-            "memory_format='channels_last' is not supported with strategy='fsdp', which shards "
-            "contiguous weights only. Use memory_format='contiguous' or strategy='zero1'.",
-        ),
-    ):
-        if impossible:
-            raise CnnlabError(message)
+            f"Use a divisor of {share}."
+        )
+    if recipe.recompute and recipe.compiler != "eager":
+        raise CnnlabError(
+            f"recompute=True does not work with compiler={recipe.compiler!r}, which rejects the "
+            "code that keeps batch norm correct. Use compiler='eager' or recompute=False."
+        )
 
 
 def _check_device_and_data(recipe: Recipe) -> None:
@@ -283,11 +265,6 @@ def _check_device_and_data(recipe: Recipe) -> None:
     if recipe.device != "cuda" and recipe.precision == "tf32":
         raise CnnlabError(
             "precision='tf32' needs device='cuda' with Tensor Cores. Use precision='bf16'."
-        )
-    if recipe.recompute and recipe.compiler != "eager":
-        raise CnnlabError(
-            f"recompute=True does not work with compiler={recipe.compiler!r}: torch.compile rejects "
-            "the code that keeps batch norm correct. Use compiler='eager' or recompute=False."
         )
     if recipe.steps is not None and recipe.steps <= recipe.warmup_steps:
         raise CnnlabError(

@@ -59,6 +59,20 @@ def test_a_missing_gpu_is_named_with_a_fix(monkeypatch, fresh_description):
     assert sentence.startswith("NVIDIA GPU missing:") and "Colab" in sentence
 
 
+def test_model_parallel_ranks_need_a_gpu_each(monkeypatch, fresh_description):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda number: "a GPU")
+    recipe = Recipe(device="cuda", replicas=2, strategy="tensor", tensor_ranks=2)
+    [sentence] = machine.missing_for(recipe)
+    assert "strategy='tensor'" in sentence
+    assert "4 ranks, and there are 2. Use fewer ranks, device='cpu' or strategy='ddp'" in sentence
+    assert not machine.missing_for(recipe.replace(replicas=1))
+    assert not machine.missing_for(Recipe(device="cuda", replicas=4))  # DDP's ranks share GPUs
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun on two machines
+    assert not machine.missing_for(recipe)
+
+
 def test_a_missing_compiler_is_named_with_a_fix(monkeypatch, fresh_description, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

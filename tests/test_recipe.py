@@ -20,8 +20,21 @@ CHOICES = {
     "memory_format": ["contiguous", "channels_last"],
     "pooling": ["after-relu", "before-relu"],
     "compiler": ["eager", "inductor"],
-    "strategy": [None, "ddp", "ring", "local-sgd", "async"],
+    "strategy": [None, "ddp", "ring", "local-sgd", "async", "zero1", "fsdp", "tensor", "pipeline"],
+    "pipeline_schedule": ["gpipe", "1f1b", "interleaved"],
     "compression": ["none", "fp16", "bf16", "powersgd"],
+}
+
+# Choice: what else it needs.
+NEEDED = {
+    "tf32": {"device": "cuda"},
+    "crop": {"data": "photos"},
+    "zero1": {"replicas": 2},
+    "fsdp": {"replicas": 2},
+    "tensor": {"tensor_ranks": 2},
+    "pipeline": {"stages": 2},
+    "1f1b": {"strategy": "pipeline", "stages": 2},
+    "interleaved": {"strategy": "pipeline", "stages": 2},
 }
 
 
@@ -62,8 +75,7 @@ def test_missing_fields_take_their_defaults():
     "name, value", [(name, value) for name, allowed in CHOICES.items() for value in allowed]
 )
 def test_every_choice_is_accepted(name, value):
-    needed = {"tf32": {"device": "cuda"}, "crop": {"data": "photos"}}.get(value, {})
-    assert getattr(Recipe(**{name: value, **needed}), name) == value
+    assert getattr(Recipe(**{name: value, **NEEDED.get(value, {})}), name) == value
 
 
 def test_replace_changes_only_the_named_fields():
@@ -101,6 +113,10 @@ MINIMUM = {
     "sync_every": 1,
     "checkpoint_every": 1,
     "staleness": 0,
+    "stages": 1,
+    "micro_batches": 1,
+    "tensor_ranks": 1,
+    "memory_limit_mib": 1,
 }
 NUMBERS = {
     "learning_rate": "above 0",
@@ -125,7 +141,7 @@ def test_every_integer_field_is_checked():
     numbers = {
         f.name
         for f in fields(Recipe)
-        if f.name not in CHOICES and f.name not in NUMBERS and f.name != "evaluate"
+        if f.name not in CHOICES and f.name not in NUMBERS and f.type is not bool
     }
     assert numbers == set(MINIMUM)
 
@@ -145,10 +161,11 @@ def test_an_invalid_number_is_rejected_with_its_name_value_and_bound(name, value
     assert f"{name}={value!r}" in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "recompute"])
 @pytest.mark.parametrize("value", [1, 0, "yes", None], ids=repr)
-def test_evaluate_must_be_true_or_false(value):
-    with pytest.raises(CnnlabError, match="evaluate=.*True or False"):
-        Recipe(evaluate=value)
+def test_a_flag_must_be_true_or_false(name, value):
+    with pytest.raises(CnnlabError, match=f"{name}=.*True or False"):
+        Recipe(**{name: value})
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -196,16 +213,62 @@ def test_replicas_must_divide_the_batch_and_the_message_names_a_batch_that_works
         Recipe(batch_size=2, replicas=4)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "local-sgd", "async"])
+SEVERAL_RANKS = {
+    "ddp": {"replicas": 2},
+    "ring": {"replicas": 2},
+    "local-sgd": {"replicas": 2},
+    "async": {"replicas": 2},
+    "zero1": {"replicas": 2},
+    "fsdp": {"replicas": 2},
+    "tensor": {"tensor_ranks": 2},
+    "pipeline": {"stages": 2},
+}
+
+
 @pytest.mark.parametrize(
-    "change", [{"compression": "fp16"}, {"bucket_mb": 1.0}, {"accumulate": 2}], ids=str
+    "change, supported",
+    [
+        ({"compression": "fp16"}, "ddp zero1"),
+        ({"bucket_mb": 1.0}, "ddp zero1"),
+        ({"accumulate": 2}, "ddp zero1"),
+        ({"latency_ms": 1.0}, "ddp ring local-sgd async"),
+        ({"bandwidth_mbit": 1.0}, "ddp ring local-sgd async"),
+        ({"straggler_ms": 1.0}, "ddp ring local-sgd async zero1 fsdp tensor"),
+        ({"compiler": "inductor"}, "ddp ring local-sgd async zero1"),
+        ({"memory_format": "channels_last"}, "ddp ring local-sgd async zero1 tensor pipeline"),
+        ({"micro_batches": 2}, "pipeline"),
+        ({"pipeline_schedule": "1f1b"}, "pipeline"),
+        ({"precision": "fp16"}, "ddp"),
+        ({"recompute": True, "precision": "bf16"}, " ".join(SEVERAL_RANKS)),
+    ],
+    ids=str,
 )
-def test_ddp_settings_are_rejected_for_other_strategies(strategy, change):
-    [name] = change
-    with pytest.raises(CnnlabError, match=f"{name}=.*needs strategy='ddp'.*strategy='{strategy}'"):
-        Recipe(strategy=strategy, replicas=2, **change)
-    Recipe(strategy="ddp", replicas=2, **change)
-    Recipe(replicas=2, **change)
+@pytest.mark.parametrize("strategy", SEVERAL_RANKS)
+def test_settings_that_a_strategy_does_not_support_are_rejected_with_a_fix(
+    strategy, change, supported
+):
+    values = {"strategy": strategy, **SEVERAL_RANKS[strategy], **change}
+    if strategy in supported.split():
+        Recipe(**values)
+        return
+    [(name, value)] = change.items()
+    with pytest.raises(CnnlabError, match=f"{name}={value!r} needs.*[Uu]se") as raised:
+        Recipe(**values)
+    assert f"strategy={strategy!r}" in str(raised.value)
+    assert supported.split()[0] in str(raised.value)
+
+
+def test_ranks_are_the_replicas_times_the_ranks_of_each():
+    found = [Recipe(replicas=2), Recipe(strategy="fsdp", replicas=4)]
+    found += [Recipe(strategy="pipeline", stages=3), Recipe(strategy="tensor", tensor_ranks=2)]
+    found += [Recipe(strategy="tensor", tensor_ranks=2, replicas=4)]
+    assert [(recipe.model_ranks, recipe.ranks) for recipe in found] == [
+        (1, 2),
+        (1, 4),
+        (3, 3),
+        (2, 2),
+        (2, 8),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +278,17 @@ def test_ddp_settings_are_rejected_for_other_strategies(strategy, change):
         ({"strategy": "ring", "precision": "fp16"}, "precision='bf16'"),
         ({"accumulate": 3}, "accumulate=3 does not divide the 64 images"),
         ({"replicas": 2, "accumulate": 64}, "accumulate=64 does not divide the 32 images"),
+        ({"strategy": "zero1"}, "strategy='zero1' needs several ranks.*Use replicas=2"),
+        ({"strategy": "fsdp"}, "Use replicas=2"),
+        ({"strategy": "tensor", "replicas": 2}, "Use tensor_ranks=2"),
+        ({"strategy": "pipeline", "replicas": 2}, "Use stages=2"),
+        ({"stages": 2}, "stages=2 needs strategy='pipeline', not strategy=None"),
+        ({"tensor_ranks": 2, "strategy": "ddp"}, "needs strategy='tensor'.*use tensor_ranks=1"),
+        (
+            {"strategy": "pipeline", "stages": 2, "replicas": 2, "micro_batches": 3},
+            "micro_batches=3 does not divide the 32 images per replica. Use a divisor of 32",
+        ),
+        ({"recompute": True, "compiler": "inductor"}, "recompute=True.*compiler='eager'"),
         ({"device": "cuda", "latency_ms": 1.0}, "device='cpu'"),
         ({"device": "cuda", "bandwidth_mbit": 1.0}, "device='cpu'"),
     ],

@@ -106,6 +106,11 @@ def train_under_torchrun(recipe: Recipe, checkpoints: str | None = None) -> Iter
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if recipe.ranks != world:
+        raise CnnlabError(
+            f"torchrun started {world} ranks, but strategy={recipe.strategy!r} needs a multiple of "
+            f"stages * tensor_ranks = {recipe.model_ranks}. Change --nproc-per-node."
+        )
     if recipe.strategy == "async" and local_world != world:
         raise CnnlabError("strategy='async' runs on one machine only. Use 'ddp' or 'local-sgd'.")
     check_runnable(recipe, checkpoints)

@@ -31,7 +31,8 @@ def register_zero1_hooks(
     Optimizer state takes 1/N of the memory (Rajbhandari et al., "ZeRO", 2020). DDP has averaged the
     gradients in `network`.
     """
-    parameters, views = list(network.parameters()), list(shards.parameters())
+    parameters = list(network.parameters())
+    views: list[Any] = list(shards.parameters())
     mesh = views[0].device_mesh
 
     def shard_gradients(*_):
@@ -69,9 +70,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     forward and backward, an all-gather fetches the rest.
     """
     for part in (*model.children(), model):
-        fully_shard(part, mesh=mesh)
+        sharded = fully_shard(part, mesh=mesh)
         if mesh.device_type == "cpu":
-            part.set_force_sum_reduction_for_comms(True)  # gloo has no average
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo has no average
     return model
 
 

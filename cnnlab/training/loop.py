@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from math import ceil
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,7 @@ def set_up(
     techniques.set_threads(recipe, world)
     splits = datasets.load(recipe)
     steps = datasets.num_steps(recipe, splits)
-    mesh = make_mesh(recipe, device)
+    mesh: Any = make_mesh(recipe, device)
     techniques.limit_memory(recipe)
     network = build(recipe, splits.shape)
     model = techniques.prepare(network, recipe, device, world, clock, mesh, splits.shape)
