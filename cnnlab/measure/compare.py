@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 
 from cnnlab.events import Finished
-from cnnlab.recipe import CnnlabError, Recipe
+from cnnlab.recipe import MODEL_PARALLEL_FIELDS, CnnlabError, Recipe
 
 # Fields of a recipe that may differ in a fair comparison.
 COMPUTING = ("device", "threads", "precision", "memory_format", "pooling", "compiler")
 LOADING = ("loader", "loader_workers")
 SYNCING = ("strategy", "compression", "bucket_mb", "accumulate", "sync_every", "staleness")
-TECHNIQUE_FIELDS = (*COMPUTING, *LOADING, "replicas", *SYNCING)
+RANKS = ("replicas", *MODEL_PARALLEL_FIELDS)
+MEMORY = ("recompute", "memory_limit_mib")
+NOT_TIMED = ("evaluate",)
+MAY_DIFFER = (*COMPUTING, *LOADING, *SYNCING, *RANKS, *MEMORY, *NOT_TIMED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,18 +109,12 @@ def _confidence_interval(a, b, paired):
     return stats.t.interval(0.95, len(a) - 1, mean, error)
 
 
-def confounders(
-    recipes: Sequence[Recipe], technique: Iterable[str] = TECHNIQUE_FIELDS
-) -> dict[str, list[Any]]:
-    """What differs among the recipes besides the technique's fields: {field: its values}.
-
-    Empty for a fair comparison. `evaluate` may differ, because evaluation is not timed.
-    """
-    ignored = {*technique, "evaluate"}
+def confounders(recipes: Sequence[Recipe]) -> dict[str, list[Any]]:
+    """What differs among the recipes besides techniques: {field: its values}; {} if it is fair."""
     found = {}
     for field in fields(Recipe):
         values = list(dict.fromkeys(getattr(recipe, field.name) for recipe in recipes))
-        if len(values) > 1 and field.name not in ignored:
+        if len(values) > 1 and field.name not in MAY_DIFFER:
             found[field.name] = values
     return found
 
@@ -125,7 +122,6 @@ def confounders(
 def measure_interleaved(
     recipes: Mapping[str, Recipe],
     repeats: int = 5,
-    technique: Iterable[str] = TECHNIQUE_FIELDS,
     allow_confounders: bool = False,
     stop: threading.Event | None = None,
     env: Mapping[str, str] | None = None,
@@ -133,7 +129,7 @@ def measure_interleaved(
     """Run the recipes in the order A B A B ... and yield {name: Measurement} after each run.
 
     `recipes`: {name: Recipe}, the baseline first. Only the first repeat evaluates. Raises
-    `CnnlabError` if anything besides the technique's fields differs, unless `allow_confounders`.
+    `CnnlabError` if anything besides techniques differs, unless `allow_confounders`.
     """
     from cnnlab.launch.launcher import run
 
@@ -141,7 +137,7 @@ def measure_interleaved(
         raise CnnlabError(
             f"repeats={repeats!r} is not allowed. Use an integer of 1 or more; a spread needs 2."
         )
-    differences = confounders(list(recipes.values()), technique)
+    differences = confounders(list(recipes.values()))
     if differences and not allow_confounders:
         listed = [f"{name}: {', '.join(map(str, found))}" for name, found in differences.items()]
         raise CnnlabError(
@@ -181,9 +177,9 @@ def slowest_rank(events: Iterable[Any], ranks: int = 1) -> Finished | None:
     return min(finished, key=lambda event: event.images_per_s)
 
 
-def speedup_table(measurements: Mapping[str, Measurement], baseline: str | None = None) -> str:
-    """A line of text per measurement; speedups over `baseline`, or over the first."""
-    first = measurements[baseline or next(iter(measurements))]
+def speedup_table(measurements: Mapping[str, Measurement]) -> str:
+    """A line of text per measurement, with its speedup over the first."""
+    first = next(iter(measurements.values()))
     lines = [f"{'':24} {'images/s (IQR)':>24}  speedup"]
     for name, measurement in measurements.items():
         q1, median, q3 = measurement.quartiles

@@ -1,7 +1,6 @@
 """The ladder: techniques tried on top of each other, each kept only if it pays off."""
 
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -15,7 +14,7 @@ from cnnlab.measure.compare import Measurement, Speedup, measure_interleaved, sp
 from cnnlab.measure.techniques import ONE_CORE, TECHNIQUES, Changes
 from cnnlab.recipe import Recipe, changes
 
-RETRY_PREFIX = "again: "  # of a rung that was rejected once and is tried again higher up
+RETRY_PREFIX = "again: "  # of a rung that is tried again higher up, unless it was kept
 
 CPU_RUNGS = (
     "threads",
@@ -116,35 +115,29 @@ def climb(
     recipe: Recipe,
     rungs: Mapping[str, Changes],
     repeats: int = 5,
-    seconds: float = 4.0,
     stop: threading.Event | None = None,
 ) -> Iterator[Rung]:
     """Try each of `rungs` ({name: changes}) on top of those kept; yield the `Rung` after each run.
 
-    The rung below and the candidate run interleaved, `repeats` times each, or up to three times
-    as often if that fits into `seconds`. A rung is kept if it beats the one below significantly.
-    The baseline runs once more with each rung, so that its figure covers the whole climb.
-    seconds=0 turns the additional runs off.
+    The rung below and the candidate run interleaved, `repeats` times each. A rung is kept if it
+    beats the one below significantly. The baseline runs once more with each rung, so that its
+    figure covers the whole climb.
     """
     # The cache is empty, so that compile times are those of a first compilation.
     with TemporaryDirectory(prefix="cnnlab-compiled-", ignore_cleanup_errors=True) as cache:
         options = {"stop": stop, "env": {"TORCHINDUCTOR_CACHE_DIR": cache}}
-        yield from _climb(recipe, rungs, repeats, seconds, options)
+        yield from _climb(recipe, rungs, repeats, options)
 
 
-def _climb(recipe, rungs, repeats, seconds, options):
+def _climb(recipe, rungs, repeats, options):
     baseline = below = _baseline_rung(recipe)
     yield baseline
-    rejected = set()
-    runs = repeats
     for name, change in rungs.items():
         candidate = _apply_change(below.recipe, change)
-        needless = name.startswith(RETRY_PREFIX) and name.removeprefix(RETRY_PREFIX) not in rejected
-        if needless or candidate == below.recipe:
+        if candidate == below.recipe:
             continue
         rung = Rung(name=name, measurement=Measurement(name=name, recipe=candidate))
-        start = time.monotonic()
-        attempt = _try_rung(rung, below, baseline, runs, seconds > 0, options)
+        attempt = _try_rung(rung, below, baseline, repeats, options)
         for rung, baseline in attempt:
             yield baseline
             yield rung
@@ -153,13 +146,10 @@ def _climb(recipe, rungs, repeats, seconds, options):
         gain = rung.over_below
         rung = replace(rung, kept=not rung.failed and gain is not None and gain.low > 1)
         yield rung
-        run_s = (time.monotonic() - start) / (2 * runs)
-        runs = max(repeats, min(3 * repeats, int(seconds / (2 * run_s))))
         if rung.kept:
             below = rung
-        else:
-            rejected.add(name)
-            below = baseline if below.name == "baseline" else below
+        elif below.name == "baseline":
+            below = baseline
     if not baseline.measurement.images_per_s:  # no rung was tried
         for found in measure_interleaved({"baseline": baseline.recipe}, repeats, **options):
             yield replace(baseline, measurement=found["baseline"])
@@ -198,15 +188,15 @@ def _apply_change(recipe: Recipe, change: Changes) -> Recipe:
     return recipe.replace(**{**change, "replicas": replicas})
 
 
-def _try_rung(rung, below, baseline, runs, rerun, options):
+def _try_rung(rung, below, baseline, repeats, options):
     """Run the rung below and this one interleaved; yield (rung, baseline) first and after each run.
 
-    With `rerun`, the baseline runs once more before them. If a rank of this rung fails, the last
-    `rung` says so; if one of a rung that ran before fails, that is raised as `RankError`.
+    The baseline runs once before them. If a rank of this rung fails, the last `rung` says so; if
+    one of a rung that ran before fails, that is raised as `RankError`.
     """
     yield rung, baseline
     earlier = baseline.measurement
-    if rerun and below.name != "baseline":
+    if below.name != "baseline":
         again = {"baseline": baseline.recipe.replace(evaluate=False)}
         for found in measure_interleaved(again, 1, **options):
             baseline = replace(baseline, measurement=_add_repeats(earlier, found["baseline"]))
@@ -214,17 +204,17 @@ def _try_rung(rung, below, baseline, runs, rerun, options):
     pair = {below.name: below.recipe.replace(evaluate=evaluate), rung.name: rung.recipe}
     candidate_runs_next = False
     try:
-        for found in measure_interleaved(pair, runs, **options):
+        for found in measure_interleaved(pair, repeats, **options):
             theirs, ours = found[below.name], found[rung.name]
-            done = len(ours.images_per_s)
-            candidate_runs_next = len(theirs.images_per_s) > done
             if below.name == "baseline":
                 baseline = replace(baseline, measurement=_add_repeats(earlier, theirs))
-            if done:
-                over_baseline = speedup(baseline.measurement, ours, paired=False)
-                over_below = speedup(replace(theirs, images_per_s=theirs.images_per_s[:done]), ours)
+            candidate_runs_next = len(theirs.images_per_s) > len(ours.images_per_s)
+            if not candidate_runs_next:
                 rung = replace(
-                    rung, measurement=ours, over_baseline=over_baseline, over_below=over_below
+                    rung,
+                    measurement=ours,
+                    over_baseline=speedup(baseline.measurement, ours, paired=False),
+                    over_below=speedup(theirs, ours),
                 )
             yield rung, baseline
     except RankError as error:

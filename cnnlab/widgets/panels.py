@@ -203,12 +203,10 @@ class LadderPanel(Panel):
         self,
         base: Recipe,
         repeats: int = 3,
-        seconds: float = 4.0,
         prediction: Callable[[], float | None] = lambda: None,
         recorded: Mapping[str, Any] | None = None,
     ) -> None:
         self.base = base
-        self.seconds = seconds
         self.prediction = prediction
         self.recorded = recorded
         self.rungs: dict[str, dict[str, Any]] = {}
@@ -230,7 +228,7 @@ class LadderPanel(Panel):
         self.outcome = None
         chosen = {name: change for name, change in self.possible.items() if values[name]}
         climbed = {}
-        for rung in climb(self.base, chosen, values["repeats"], self.seconds, stop):
+        for rung in climb(self.base, chosen, values["repeats"], stop):
             climbed[rung.name] = rung
             done = sum(climbed[name].kept is not None for name in chosen if name in climbed)
             yield done / max(1, len(chosen)), rung

@@ -152,7 +152,7 @@ def test_no_text_of_a_ladder_is_cut_off():
 
 def test_the_ladder_panel_climbs_what_is_chosen():
     climb = widgets.LadderPanel(
-        Recipe(batch_size=256, steps=3, warmup_steps=1, evaluate=False), repeats=2, seconds=0
+        Recipe(batch_size=256, steps=3, warmup_steps=1, evaluate=False), repeats=2
     )
     for name, box in climb.controls.items():
         if name not in ("channels_last", "repeats"):
