@@ -216,7 +216,7 @@ class Ladder:
         found: dict[str, Any] = {}
         repeats = self.repeats or (3 if self.quick else 5)
         with tqdm(total=len(rungs), unit="rung", file=sys.stderr) as bar:
-            for rung in climb(recipe, rungs, repeats, seconds=0 if self.quick else 4.0):
+            for rung in climb(recipe, rungs, repeats):
                 bar.set_description(f"{rung.name}, run {len(rung.measurement.images_per_s) + 1}")
                 found[rung.name] = rung
                 if rung.kept is not None and rung.name != "baseline":
