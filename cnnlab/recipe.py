@@ -250,6 +250,12 @@ def _check_model_parallel(recipe: Recipe) -> None:
             f"micro_batches={recipe.micro_batches} does not divide the {share} images per replica. "
             f"Use a divisor of {share}."
         )
+    schedule, stages, count = recipe.pipeline_schedule, recipe.stages, recipe.micro_batches
+    if (schedule == "1f1b" and count < stages) or (schedule == "interleaved" and count % stages):
+        raise CnnlabError(
+            f"micro_batches={count} does not work with stages={stages}: 1f1b needs at least as "
+            f"many as stages, interleaved a multiple. Use micro_batches={stages} or 'gpipe'."
+        )
     if recipe.recompute and recipe.compiler != "eager":
         raise CnnlabError(
             f"recompute=True does not work with compiler={recipe.compiler!r}, which rejects the "

@@ -33,8 +33,8 @@ NEEDED = {
     "fsdp": {"replicas": 2},
     "tensor": {"tensor_ranks": 2},
     "pipeline": {"stages": 2},
-    "1f1b": {"strategy": "pipeline", "stages": 2},
-    "interleaved": {"strategy": "pipeline", "stages": 2},
+    "1f1b": {"strategy": "pipeline", "stages": 2, "micro_batches": 2},
+    "interleaved": {"strategy": "pipeline", "stages": 2, "micro_batches": 2},
 }
 
 
@@ -213,6 +213,7 @@ def test_replicas_must_divide_the_batch_and_the_message_names_a_batch_that_works
         Recipe(batch_size=2, replicas=4)
 
 
+PIPELINE = {"strategy": "pipeline", "stages": 4, "batch_size": 48}
 SEVERAL_RANKS = {
     "ddp": {"replicas": 2},
     "ring": {"replicas": 2},
@@ -221,7 +222,7 @@ SEVERAL_RANKS = {
     "zero1": {"replicas": 2},
     "fsdp": {"replicas": 2},
     "tensor": {"tensor_ranks": 2},
-    "pipeline": {"stages": 2},
+    "pipeline": {"stages": 2, "micro_batches": 2},
 }
 
 
@@ -287,6 +288,14 @@ def test_ranks_are_the_replicas_times_the_ranks_of_each():
         (
             {"strategy": "pipeline", "stages": 2, "replicas": 2, "micro_batches": 3},
             "micro_batches=3 does not divide the 32 images per replica. Use a divisor of 32",
+        ),
+        (
+            {**PIPELINE, "pipeline_schedule": "1f1b", "micro_batches": 2},
+            "1f1b needs at least as many as stages.*micro_batches=4 or 'gpipe'",
+        ),
+        (
+            {**PIPELINE, "pipeline_schedule": "interleaved", "micro_batches": 6},
+            "micro_batches=6.*stages=4.*interleaved a multiple.*micro_batches=4 or 'gpipe'",
         ),
         ({"recompute": True, "compiler": "inductor"}, "recompute=True.*compiler='eager'"),
         ({"device": "cuda", "latency_ms": 1.0}, "device='cpu'"),

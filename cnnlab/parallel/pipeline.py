@@ -1,6 +1,7 @@
 """Pipeline parallelism: each rank holds consecutive layers, and micro-batches pass through."""
 
 import copy
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -46,7 +47,7 @@ def split_stages(
     """
     ranks, rank = mesh.size(), mesh.get_local_rank()
     count = ranks * stages_per_rank(recipe.pipeline_schedule)
-    units = _list_units(network)
+    units = list_units(network)
     if len(units) < count:
         raise CnnlabError(
             f"stages={ranks} with pipeline_schedule={recipe.pipeline_schedule!r} cuts the model "
@@ -57,7 +58,7 @@ def split_stages(
     if dist.get_rank() == 0:
         images = _example_images(network, recipe, shape)
         seconds, examples = _measure_units(units, images)
-        plan = [_balanced_cuts(seconds, count), examples]
+        plan = [balanced_cuts(seconds, count), examples]
     dist.broadcast_object_list(plan)  # to all replicas, because they average their gradients
     cuts, examples = plan
     stages = nn.ModuleList()
@@ -74,13 +75,13 @@ def split_stages(
     return stages
 
 
-def _list_units(network):
+def list_units(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     """The smallest parts between which to cut: a layer with parameters and those without after it.
 
     Each layer is given as (parent, name). Activations are small there, and no stage lacks
     parameters to train.
     """
-    units: list[list] = []
+    units: list[list[tuple[nn.Module, str]]] = []
     for parent, name in _list_layers(network):
         if not units or any(True for _ in getattr(parent, name).parameters()):
             units.append([])
@@ -118,14 +119,15 @@ def _measure_units(units, activations):
             globals={"layers": copied, "inputs": inputs},
             num_threads=torch.get_num_threads(),
         )
-        seconds.append(timer.timeit(3).median)
+        # The fastest, because other processes slow down the rest.
+        seconds.append(min(timer.timeit(1).median for _ in range(3)))
         activations = copied(inputs)
         shape, dtype = activations.shape, activations.dtype
         examples.append(torch.empty(shape, dtype=dtype, device="meta", requires_grad=True))
     return seconds, examples
 
 
-def _balanced_cuts(seconds, count):
+def balanced_cuts(seconds: Sequence[float], count: int) -> list[int]:
     """Where to cut the units into `count` parts, [0, ..., len(seconds)]: the slowest is fastest."""
 
     @cache

@@ -1,5 +1,6 @@
 """The loop of pipeline-parallel training: a schedule runs forward and backward passes."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -30,6 +31,7 @@ def train_pipeline(
     """
     device = select_device(recipe, rank)
     clock = Clock(device)
+    clock.recent = deque(maxlen=2)  # of more steps, a timeline would not show each micro-batch
     splits, steps, state = set_up(recipe, device, world, clock)
     mesh: Any = state.mesh
     schedule = make_schedule(recipe, state.model, mesh["model"].get_group(), device, clock)
@@ -73,6 +75,7 @@ def _train_step(images, labels, state, schedule, meter):
     losses: list = []
     last = meter.recipe.stages - 1
     totals = torch.zeros(2, dtype=torch.float64, device=images.device)
+    meter.clock.mark("forward")  # copying and moving the images
     inputs = [images] if dist.get_rank(group) == 0 else []
     logits = schedule.step(*inputs, target=labels, losses=losses)
     if logits is not None:
