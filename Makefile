@@ -7,7 +7,7 @@ BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 # Unit tests that start no ranks.
 FAST_TESTS := tests/plots tests/data/test_loader.py \
-	tests/measure/test_scaling.py tests/training/test_clock.py tests/many_machines/test_predictor.py \
+	tests/measure/test_scaling.py tests/training/test_clock.py tests/measure/test_predictor.py \
 	$(addprefix tests/test_,$(addsuffix .py,check events imports machine model packaging recipe record))
 
 # How long a waiting OpenMP thread spins before it sleeps. The default blocks a core that the browser

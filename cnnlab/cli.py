@@ -1,4 +1,4 @@
-"""The command line: `python -m cnnlab doctor | train | ladder | replay`.
+"""The command line: `python -m cnnlab doctor | train | ladder | predict | replay`.
 
 tyro makes an option of each field of these classes and of `Recipe`, with its comment as help.
 """
@@ -6,7 +6,7 @@ tyro makes an option of each field of these classes and of `Recipe`, with its co
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from tyro.conf import FlagConversionOff, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from cnnlab import machine, record
-from cnnlab.console import rung_line, show
+from cnnlab.console import doctor_lines, prediction_lines, rung_line, show
 from cnnlab.events import Event
 from cnnlab.launch.failures import PEER_ERRORS, RankError
 from cnnlab.recipe import CnnlabError, Data, Model, Recipe
@@ -28,6 +28,7 @@ FULL: dict[str, Any] = {"learning_rate": 0.001, "batch_size": 128, "steps": 22, 
 File = Annotated[Path | None, arg(metavar="FILE")]
 Folder = Annotated[Path | None, arg(metavar="DIR")]
 RecipeFile = Annotated[Path | None, arg(metavar="[RECIPE.json]")]
+SpecFile = Annotated[Path | None, arg(metavar="[SPEC.json]")]
 RecordFile = Annotated[Path, arg(metavar="RECORD.jsonl")]
 
 
@@ -53,18 +54,18 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse(words: Sequence[str] | None) -> "Doctor | Train | Ladder | Replay":
+def parse(words: Sequence[str] | None) -> "Doctor | Train | Ladder | Predict | Replay":
     """The command with its options. Exits with 2 if an option or the type of a value is wrong."""
 
     def cli(train: Train) -> Any:
         train_command = Annotated[Train, tyro.conf.subcommand(default=train)]
-        commands = Doctor | train_command | Ladder | Replay
+        commands = Doctor | train_command | Ladder | Predict | Replay
         about = "Train one CNN, measure it honestly, make it faster."
         return tyro.cli(commands, prog="python -m cnnlab", description=about, args=words)
 
     command = cli(Train())
     if isinstance(command, Train) and command.recipe_file:
-        recipe = read_recipe(command.recipe_file)
+        recipe = Recipe.from_dict(read_json(command.recipe_file, "recipe"))
         command = cli(Train(recipe=RecipeOptions(**recipe.to_dict())))
     return command
 
@@ -87,27 +88,7 @@ class Doctor:
         print("measuring ...", end="\r", file=sys.stderr)
         here = machine.describe()
         peaks = measure_peaks()
-        emulated = [name for name, native in here.hardware.items() if not native]
-        rows: dict[str, Any] = {
-            "processor": here.name,
-            "system": here.system,
-            "cores": here.cores,
-            "memory": f"{here.memory_gib} GiB",
-            "instruction sets": ", ".join(here.units) or "none known",
-            "GPUs": ", ".join(here.gpus) or "none",
-            "C++ compiler": here.compiler or "none",
-            "in hardware": ", ".join(name for name in here.hardware if name not in emulated),
-            "emulated": ", ".join(emulated) or "none",
-            **here.versions,
-        }
-        for name, value in peaks.items():
-            if name != "copy":
-                rows[f"peak {name}"] = f"{value / 1e9:,.0f} GFLOP/s measured"
-        rows["copy bandwidth"] = f"{peaks['copy'] / 1e9:.1f} GB/s measured (reads and writes)"
-        for name, value in rows.items():
-            print(f"{name:24} {value}")
-        for name, reason in here.missing.items():
-            print(f"missing: {name:15} {reason}")
+        print("\n".join(doctor_lines(here, peaks)))
         if self.json:
             result = {"machine": here.to_dict(), "versions": here.versions, "peaks": peaks}
             record.write_json(self.json, result)
@@ -138,7 +119,8 @@ class Train:
             from cnnlab.launch.worker import train_under_torchrun
 
             model_ranks = values["stages"] * values["tensor_ranks"]
-            recipe = Recipe(**{**values, "replicas": int(os.environ["WORLD_SIZE"]) // model_ranks})
+            replicas = max(1, int(os.environ["WORLD_SIZE"]) // model_ranks)
+            recipe = Recipe(**{**values, "replicas": replicas})
             stream = train_under_torchrun(recipe, checkpoints)
             if os.environ["RANK"] != "0":
                 exhaust(stream)
@@ -193,7 +175,11 @@ class Ladder:
         speedup = f"a speedup of {best['speedup']:.2f} over the naive baseline"
         print(f"\nbest here: {best['name']}, {speedup}: {result['best_recipe']}")
         if self.png:
-            draw_ladder(result, self.png)
+            from cnnlab.plots import ladder_bars, machine_label
+
+            place = f"{machine_label(result['machine'])}, torch {result['versions']['torch']}"
+            title = f"{result['recipe']['model']} on {place}"
+            draw(self.png, ladder_bars, result["rungs"], title=title)
         if self.record:
             recipe = Recipe.from_dict(best["recipe"])
             exhaust(save_run(self.record, recipe, run(recipe)))
@@ -227,6 +213,39 @@ class Ladder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Predict the throughput of a cluster on paper, or of this machine."""
+
+    spec_file: Positional[SpecFile] = None  # the cluster: see cnnlab/measure/predictor.py
+    here: FlagCreatePairsOff[bool] = False  # predict more ranks on this machine, then run them
+    json: File = None  # write the predictions as JSON
+    png: File = None  # draw them
+
+    def run(self) -> None:
+        if self.here == bool(self.spec_file):
+            raise CnnlabError("predict needs a SPEC.json or --here, and not both.")
+        for path in filter(None, (self.json, self.png)):
+            record.check_writable(path)
+        if self.spec_file:
+            from cnnlab.measure.predictor import predict
+
+            result = predict(read_json(self.spec_file, "spec"))
+            print("\n".join(prediction_lines(result)))
+        else:
+            from cnnlab.measure.calibrate import predict_here
+
+            result = predict_here()
+        if self.json:
+            record.write_json(self.json, result)
+        if self.png:
+            from cnnlab.plots import prediction_curve
+
+            here = {row["ranks"]: row["efficiency"] for row in result.get("measured", [])}
+            points = {"measured here": here} if here else {}
+            draw(self.png, prediction_curve, result["predictions"], points)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Replay:
     """Print a recorded run."""
 
@@ -242,31 +261,27 @@ class Replay:
             print(f"cnnlab: the record is truncated: {loaded.truncated}.", file=sys.stderr)
 
 
-def draw_ladder(result: dict[str, Any], path: Path) -> None:
+def draw(path: Path, plot: Callable, *data: Any, title: str = "") -> None:
     from matplotlib.figure import Figure
 
-    from cnnlab.plots import speed, style
-
     figure = Figure(figsize=(9, 5), layout="constrained")
-    speed.ladder_bars(figure.subplots(), result["rungs"])
-    place = f"{style.machine_label(result['machine'])}, torch {result['versions']['torch']}"
-    figure.suptitle(f"{result['recipe']['model']} on {place}", fontsize=10)
+    plot(figure.subplots(), *data)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150, format="png")
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_json(path: Path, kind: str) -> Any:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CnnlabError(f"the recipe {path} cannot be read: {error.strerror}.") from None
+        raise CnnlabError(f"the {kind} {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
-        raise CnnlabError(f"the recipe {path} is not valid JSON: {error}.") from None
-    return Recipe.from_dict(values)
+        raise CnnlabError(f"the {kind} {path} is not valid JSON: {error}.") from None
 
 
 def save_run(folder: Path, recipe: Recipe, stream: Iterable[Event]) -> Iterator[Event]:
     """Save a run while it is consumed, in a file that no earlier run, even interrupted, has."""
-    stem = f"{recipe.model}-{recipe.data}-{recipe.precision}-{recipe.replicas}"
+    stem = f"{recipe.model}-{recipe.data}-{recipe.precision}-{recipe.ranks}"
     for number in count(1):
         path = folder / f"{stem}-{number}.jsonl"
         if not path.exists() and not path.with_name(f"{path.name}.part").exists():

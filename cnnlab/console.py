@@ -1,4 +1,4 @@
-"""What the command line prints of a run and of a ladder's rungs."""
+"""What the command line prints of a run, a rung, a prediction, and this machine."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from cnnlab import events
+from cnnlab import events, machine
 
 
 def show(stream: Iterable[events.Event]) -> None:
@@ -64,3 +64,49 @@ def rung_line(rung: Any) -> str:
     speedup = f"{rung.over_baseline.value:5.2f}x baseline"
     verdict = "kept" if rung.kept else "does not pay, left out"
     return f"{rung.name:24} {speed}  {speedup}  {verdict}: {rung.over_below}"
+
+
+def prediction_lines(result: dict[str, Any]) -> Iterator[str]:
+    """A table of the predictions, in ms per step, and what they assume."""
+    yield (
+        f"{'devices':>9} {'images/s':>13} {'speedup':>10} {'efficiency':>10} {'step':>9} "
+        f"{'compute':>9} {'exposed':>9} {'jitter':>9} {'idle':>9} ms, bound by"
+    )
+    for row in result["predictions"]:
+        parts = ("step_s", "compute_s", "exposed_communication_s", "jitter_s", "idle_s")
+        times = " ".join(f"{1000 * row[part]:9.1f}" for part in parts)
+        speed = f"{row['images_per_s']:13,.0f} {row['speedup']:10,.1f} {row['efficiency']:10.1%}"
+        yield f"{row['devices']:9,} {speed} {times}     {row['bound_by']}"
+    yield ""
+    for name, assumption in result["assumptions"].items():
+        value = assumption["value"]
+        if isinstance(value, list):
+            value = f"{len(value)} given" if value else "none"
+        elif isinstance(value, float):
+            value = f"{value:.3g}"
+        yield f"{name:24} {value!s:12} {assumption['origin']}"
+
+
+def doctor_lines(here: machine.Machine, peaks: dict[str, float]) -> Iterator[str]:
+    """What this machine can do, what it lacks, and why. `peaks`: as measured."""
+    emulated = [name for name, native in here.hardware.items() if not native]
+    rows: dict[str, Any] = {
+        "processor": here.name,
+        "system": here.system,
+        "cores": here.cores,
+        "memory": f"{here.memory_gib} GiB",
+        "instruction sets": ", ".join(here.units) or "none known",
+        "GPUs": ", ".join(here.gpus) or "none",
+        "C++ compiler": here.compiler or "none",
+        "in hardware": ", ".join(name for name in here.hardware if name not in emulated),
+        "emulated": ", ".join(emulated) or "none",
+        **here.versions,
+    }
+    for name, value in peaks.items():
+        if name != "copy":
+            rows[f"peak {name}"] = f"{value / 1e9:,.0f} GFLOP/s measured"
+    rows["copy bandwidth"] = f"{peaks['copy'] / 1e9:.1f} GB/s measured (reads and writes)"
+    for name, value in rows.items():
+        yield f"{name:24} {value}"
+    for name, reason in here.missing.items():
+        yield f"missing: {name:15} {reason}"

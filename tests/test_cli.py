@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 
 import pytest
 
-from cnnlab import record
+from cnnlab import predict, record
 from cnnlab.cli import main
 from cnnlab.events import Finished
-from cnnlab.measure import ladder
+from cnnlab.measure import calibrate, ladder
 from cnnlab.recipe import Recipe
 
 SHORT = ["--batch-size", "64", "--steps", "4", "--threads", "1"]
@@ -20,6 +21,14 @@ TINY_LADDER = (
     "ladder --quick --repeats 2 --model SmallCNN --data synthetic --images 64 --image-size 8 "
     "--batch-size 16 --steps 2"
 )
+
+SPEC = {
+    "model": {"name": "ResNet-50", "parameters": 25.6e6, "bytes_per_parameter": 4},
+    "device": {"images_per_s": 360, "batch": 128},
+    "node": {"devices": 8, "bandwidth_gbps": 1200, "latency_us": 5},
+    "network": {"bandwidth_gbps": 100, "latency_us": 5},
+    "devices": [1, 8, 64, 100_000],
+}
 
 # What is typed, and what the one-line error must contain.
 INVALID = {
@@ -59,13 +68,23 @@ INVALID = {
     "ladder --png .": ["cannot write", "folder"],
     "ladder --batch-size 0": ["batch_size=0", "at least 1"],
     "ladder --model VGG16 --data digits --batch-size 2000": ["batch_size=2000"],
+    "predict": ["SPEC.json or --here"],
+    "predict spec.json --here": ["SPEC.json or --here", "not both"],
+    "predict nowhere.json": ["the spec nowhere.json cannot be read", "No such file"],
+    "predict words.json": ["the spec words.json is not valid JSON"],
+    "predict list.json": ["a spec is a JSON object, not list"],
+    "predict typo.json": ["no field 'batchsize'"],
+    "predict empty.json": ["no model.parameters", "a number above 0"],
+    "predict zero.json": ["devices[1]=0", "an integer from 1"],
+    "predict spec.json --json words.json/file.json": ["cannot write", "words.json"],
+    "predict spec.json --png .": ["cannot write", "folder"],
     "doctor --json words.json/doctor.json": ["cannot write words.json/doctor.json"],
 }
 
 # What is typed, and what the usage error must contain.
 MISUSED = {
-    "": ["Missing subcommand", "doctor, train, ladder, replay"],
-    "fly": ["Unrecognized", "fly", "doctor, train, ladder, replay"],
+    "": ["Missing subcommand", "doctor, train, ladder, predict, replay"],
+    "fly": ["Unrecognized", "fly", "doctor, train, ladder, predict, replay"],
     "replay": ["RECORD.jsonl"],
     "train --batch-size many": ["--batch-size", "many"],
     "train --threads many": ["--threads", "None", "many"],
@@ -103,6 +122,9 @@ def files(tmp_path):
     (tmp_path / "types.json").write_text('{"batch_size": "3"}')
     (tmp_path / "choice.json").write_text('{"model": "Resnet9"}')
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "spec.json").write_text(json.dumps(SPEC))
+    (tmp_path / "zero.json").write_text(json.dumps({**SPEC, "devices": [1, 0]}))
     (tmp_path / "good.jsonl").write_text("")
     (tmp_path / "torn.jsonl").write_text('{"cnnlab": 1\n{"event": ')
     (tmp_path / "other.jsonl").write_text('{"some": "json"}\n')
@@ -214,6 +236,43 @@ def test_the_ladder_writes_its_json_picture_and_record(tmp_path):
         assert f"{name:24} not tried" in done.stdout
 
 
+def test_a_cluster_on_paper_is_predicted_printed_written_and_drawn(files, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    assert main(["predict", "spec.json", "--json", "new/found.json", "--png", "found.png"]) == 0
+    found = json.loads((files / "new" / "found.json").read_text())
+    assert found == predict(SPEC)
+    assert (files / "found.png").read_bytes().startswith(b"\x89PNG")
+    output, error = capsys.readouterr()
+    assert error == ""
+    lines = output.splitlines()
+    for row, line in zip(found["predictions"], lines[1:5], strict=True):
+        assert line.split()[0] == f"{row['devices']:,}"
+        assert f"{row['images_per_s']:,.0f}" in line and f"{row['efficiency']:.1%}" in line
+        assert line.endswith(row["bound_by"])
+    for name, assumption in found["assumptions"].items():
+        [line] = [line for line in lines if line.startswith(f"{name} ")]
+        assert line.endswith(assumption["origin"])
+
+
+def test_this_machine_is_predicted_before_it_is_measured(tmp_path, monkeypatch, capsys):
+    recipe = Recipe(batch_size=32, steps=4, evaluate=False, threads=1)
+    monkeypatch.setattr(calibrate, "REPEATS", 1)
+    monkeypatch.setattr(calibrate, "predict_here", partial(calibrate.predict_here, (2,), recipe))
+    files = ["--json", str(tmp_path / "here.json"), "--png", str(tmp_path / "here.png")]
+    assert main(["predict", "--here", *files]) == 0
+    found = json.loads((tmp_path / "here.json").read_text())
+    [prediction], [measured] = found["predictions"], found["measured"]
+    assert prediction["devices"] == measured["ranks"] == 2
+    ratio = prediction["images_per_s"] / measured["images_per_s"]
+    assert measured["error"] == pytest.approx(ratio - 1)
+    assert found["recipe"] == recipe.to_dict() and found["machine"]["cores"] >= 1
+    assert (tmp_path / "here.png").read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    assert output.index(" predicted") < output.index(" measured, error")
+    assert f"{measured['images_per_s']:,.1f} images/s measured" in output
+    assert f"{measured['error']:+.1%}" in output
+
+
 def assert_one_line_error(code, output, error, expected):
     assert code == 2
     # The ladder's progress bar may precede it.
@@ -308,7 +367,7 @@ def test_under_torchrun_a_rank_that_loses_another_ends_with_1(monkeypatch, capsy
     assert error == "cnnlab: rank 1 has lost another rank: gloo: Connection closed by peer\n"
 
 
-@pytest.mark.parametrize("command", ["train", "ladder", "doctor", "replay"])
+@pytest.mark.parametrize("command", ["train", "ladder", "doctor", "predict", "replay"])
 def test_help_says_what_a_command_does(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])

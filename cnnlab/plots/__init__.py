@@ -1,5 +1,7 @@
 """Pure `draw(ax, data)` functions on empty axes, the same for live, recorded and tested runs."""
 
+from cnnlab.plots.pipeline import schedule_diagram
+from cnnlab.plots.prediction import prediction_curve
 from cnnlab.plots.runs import accuracy, loss, loss_curve, throughput
 from cnnlab.plots.scaling import scaling_curve
 from cnnlab.plots.speed import ladder_bars, roofline, speedup_bars
@@ -17,9 +19,11 @@ __all__ = [
     "loss",
     "loss_curve",
     "machine_label",
+    "prediction_curve",
     "rank_timeline",
     "roofline",
     "scaling_curve",
+    "schedule_diagram",
     "speedup_bars",
     "step_breakdown",
     "throughput",

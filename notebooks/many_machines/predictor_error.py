@@ -7,8 +7,9 @@ All tables are predicted with the same defaults: nothing is fitted to a table.
 
 from collections.abc import Iterator
 
-from many_machines.predictor import predict
 from many_machines.published import TABLES, Table
+
+from cnnlab import predict
 
 
 def rows(tables: list[Table] = TABLES) -> Iterator[tuple[Table, int, float, float]]:

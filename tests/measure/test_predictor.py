@@ -7,11 +7,13 @@ import time
 import numpy as np
 import pytest
 from helpers import REPOSITORY
-from many_machines import cost_models, predictor_error
-from many_machines.cost_models import COST_ROWS, Cluster, expected_maximum
-from many_machines.predictor import DEFAULTS, FIELDS, predict
+from many_machines import predictor_error
 from many_machines.published import TABLES
 
+from cnnlab import predict
+from cnnlab.measure import cost_models
+from cnnlab.measure.cost_models import COST_ROWS, Cluster, expected_maximum
+from cnnlab.measure.predictor import OPTIONAL, REQUIRED
 from cnnlab.parallel.simulated_network import all_reduce_seconds
 from cnnlab.recipe import CnnlabError
 
@@ -42,7 +44,7 @@ def changed(path, value, spec=SPEC):
     """A copy of the spec with one field set, or left out if the value is Ellipsis."""
     spec = copy.deepcopy(spec)
     *sections, name = path.split(".")
-    place = spec[sections[0]] if sections else spec
+    place = spec.setdefault(sections[0], {}) if sections else spec
     if value is ...:
         del place[name]
     else:
@@ -254,12 +256,69 @@ def test_a_pipeline_with_equal_and_unequal_stages():
     assert cost_models.pipeline_seconds([1, 3, 1], 10) == 5 + 9 * 3  # as slow as the slowest stage
 
 
-def test_loaders_and_local_sgd():
-    assert cost_models.loader_wait_seconds(4, 0, 1) == 4
-    assert cost_models.loader_wait_seconds(4, 2, 1) == 1
-    assert cost_models.loader_wait_seconds(4, 8, 1) == 0
-    assert cost_models.local_sgd_seconds(1, 0.5, 1) == 1.5
-    assert cost_models.local_sgd_seconds(1, 0.5, 10) == 1.05
+STAGES = {"stages": [0.2, 0.3], "network": FAST, "devices": [2, 8]}  # relative: 0.4 and 0.6
+
+
+def test_unequal_stages_are_as_slow_as_the_slowest():
+    # A micro-batch takes 1 s on one device: 0.4 s and 0.6 s in the stages.
+    spec = {**SPEC, **STAGES, "accumulate": 5}
+    [two, eight] = predict(spec)["predictions"]
+    assert two["step_s"] == pytest.approx(1 + 4 * 0.6)
+    assert two["compute_s"] == pytest.approx(5 / 2)  # what a device computes on average
+    assert two["idle_s"] == pytest.approx(3.4 - 2.5)
+    assert two["images_per_s"] == pytest.approx(500 / 3.4)
+    assert two["efficiency"] == pytest.approx(5 / 2 / 3.4)
+    assert eight["speedup"] == pytest.approx(4 * two["speedup"])
+
+
+def test_a_pipeline_of_one_micro_batch_takes_turns():
+    spec = {**SPEC, "stages": [1, 1, 1, 1], "network": FAST, "devices": [4, 16]}
+    assert column("speedup", spec) == pytest.approx([1, 4])
+    assert column("bound_by", spec) == ["pipeline bubble"] * 2
+    assert column("bound_by", spec, accumulate=16) == ["compute"] * 2
+
+
+def test_replicas_of_a_pipeline_reduce_their_gradients_over_all_links_of_their_stages():
+    # Nodes of 4: 2 replicas of 2 stages in each. 2 nodes: each sends (N - 1) / N of 100 MB, twice.
+    node = {"devices": 4, "bandwidth_gbps": 1e20, "latency_us": 0}
+    spec = {**SPEC, "node": node, "stages": [1, 1], "devices": [2, 4, 8], "algorithm": "ring"}
+    assert column("exposed_communication_s", spec) == pytest.approx([0, 0, 0.15])
+    # Nodes of 1: a replica sends through the networks of 2 nodes.
+    spec["node"] = {**node, "devices": 1}
+    assert column("exposed_communication_s", spec) == pytest.approx([0, 0.05, 0.075])
+
+
+def test_a_step_waits_for_data_that_workers_do_not_load_meanwhile():
+    spec = changed("loader.seconds_per_batch", 4)
+    assert column("idle_s", spec) == [4, 4, 4]  # loaded in the training process
+    two, eight = changed("loader.workers", 2, spec), changed("loader.workers", 8, spec)
+    assert column("idle_s", two) == pytest.approx([1, 0.9, 0.85])  # communication is hidden too
+    assert column("step_s", two) == pytest.approx([2, 2, 2])
+    assert column("bound_by", two) == ["loader"] * 3
+    assert column("idle_s", eight) == [0, 0, 0]
+    assert column("idle_s", two, accumulate=3) == pytest.approx([3, 2.9, 2.85])
+
+
+def test_all_devices_wait_for_a_straggler():
+    spec = {**SPEC, "network": FAST, "straggler": 1.5}
+    assert column("jitter_s", spec) == pytest.approx([0, 0.5, 0.5])
+    assert column("efficiency", spec) == pytest.approx([1, 1 / 1.5, 1 / 1.5])
+    noisy = {**spec, "jitter": 0.1}  # the others are rarely as late as the straggler
+    assert column("jitter_s", noisy) == pytest.approx([0, 0.5, 0.5])
+
+
+def test_compression_reduces_the_bytes_sent_and_no_latency():
+    slow = changed("network.latency_us", 1000)  # 4 buckets, as above
+    tenth = column("exposed_communication_s", slow, compression=0.1)
+    assert tenth == pytest.approx([0, 0.018, 0.039])
+
+
+def test_local_sgd_averages_once_in_a_period_and_nothing_hides_it():
+    for overlap in (True, False):
+        spec = {**SPEC, "overlap": overlap, "sync_every": 10}
+        assert column("exposed_communication_s", spec) == pytest.approx([0, 0.01, 0.015])
+    jitter = np.array(column("jitter_s", SPEC, jitter=0.1))
+    assert column("jitter_s", SPEC, jitter=0.1, sync_every=4) == pytest.approx(jitter / 2)
 
 
 @pytest.mark.parametrize(
@@ -291,10 +350,11 @@ def test_the_fields_of_a_prediction():
         "compute_s",
         "exposed_communication_s",
         "jitter_s",
+        "idle_s",
         "bound_by",
     ]
     assert row["step_s"] == pytest.approx(
-        row["compute_s"] + row["exposed_communication_s"] + row["jitter_s"]
+        row["compute_s"] + row["exposed_communication_s"] + row["jitter_s"] + row["idle_s"]
     )
     assert row["devices"] == 4 and isinstance(row["devices"], int)
 
@@ -302,11 +362,11 @@ def test_the_fields_of_a_prediction():
 def test_every_default_is_stated_with_its_origin():
     assumptions = predict(DEFAULT_SPEC | {"network": FAST})["assumptions"]
     assert {name: entry["value"] for name, entry in assumptions.items()} == {
-        **{name: value for name, (value, _) in DEFAULTS.items()},
+        **{name: value for name, (_, value, _) in OPTIONAL.items()},
         "backward_fraction": 2 / 3,
     }
     assert {entry["origin"] for entry in assumptions.values()} == {
-        *(origin for _, origin in DEFAULTS.values()),
+        *(origin for _, _, origin in OPTIONAL.values()),
         assumptions["backward_fraction"]["origin"],
     }
 
@@ -314,7 +374,7 @@ def test_every_default_is_stated_with_its_origin():
 def test_a_given_value_is_not_called_a_default():
     assumptions = predict(SPEC)["assumptions"]
     assert assumptions["jitter"] == {"value": 0, "origin": "given in the spec"}
-    assert assumptions["bucket_mb"]["origin"] == DEFAULTS["bucket_mb"][1]
+    assert assumptions["bucket_mb"]["origin"] == OPTIONAL["bucket_mb"][2]
 
 
 def test_a_spec_is_not_changed():
@@ -337,13 +397,19 @@ def test_thousands_of_device_counts_take_less_than_a_second():
     assert time.perf_counter() - began < 1
 
 
+def test_each_number_of_devices_up_to_100_000_takes_less_than_a_second_together():
+    began = time.perf_counter()
+    assert len(column("speedup", DEFAULT_SPEC, devices=list(range(1, 100_001)))) == 100_000
+    assert time.perf_counter() - began < 1
+
+
 def test_a_huge_model_is_predicted_at_once():
     began = time.perf_counter()
     assert column("bound_by", changed("model.parameters", 1e15), devices=[100_000]) != ["compute"]
     assert time.perf_counter() - began < 0.2
 
 
-REQUIRED = [name for name in FIELDS if name not in DEFAULTS]
+FIELDS = REQUIRED | {name: allowed for name, (allowed, _, _) in OPTIONAL.items()}
 INVALID = {
     "model.parameters": [0, -1, "25e6", True, None, float("nan"), float("inf"), 10**400, [1]],
     "model.bytes_per_parameter": [0, "4"],
@@ -362,6 +428,12 @@ INVALID = {
     "jitter": [-0.1],
     "stack_efficiency": [0, 1.01, {"a": 1}, {}],
     "algorithm": ["mesh", 3, None, []],
+    "compression": [0, 1.5, True],
+    "sync_every": [0, 2.5],
+    "straggler": [0.9, "2"],
+    "loader.seconds_per_batch": [-1, None],
+    "loader.workers": [-1, 1.5, True],
+    "stages": [[], 4, {}],
     "model.layers": [[], {}, "two", 3],
     "devices": [[], 4, "8", None, {}],
 }
@@ -371,7 +443,7 @@ INVALID = {
 def test_a_value_that_is_not_allowed_is_named_with_what_is(path, value):
     with pytest.raises(CnnlabError) as raised:
         predict(changed(path, value))
-    assert f"{path}={value!r}" in str(raised.value) and FIELDS[path] in str(raised.value)
+    assert f"{path}={value!r}" in str(raised.value) and FIELDS[path][0] in str(raised.value)
 
 
 def test_all_fields_are_tested_with_invalid_values():
@@ -384,7 +456,7 @@ def test_a_missing_field_is_named(path):
         predict(changed(path, ...))
 
 
-@pytest.mark.parametrize("section", ["model", "device", "node", "network"])
+@pytest.mark.parametrize("section", ["model", "device", "node", "network", "loader"])
 @pytest.mark.parametrize("value", [3, [1], None, "fast"])
 def test_a_section_that_is_no_object_is_rejected(section, value):
     with pytest.raises(CnnlabError, match=f"{section}=.*object"):
@@ -398,8 +470,8 @@ def test_a_section_that_is_no_object_is_rejected(section, value):
         ("network.bandwith_gbps", "network.bandwidth_gbps"),
         ("acumulate", "accumulate"),
         ("device.devices", "node.devices"),
-        ("networks", "network"),
         ("stack_eficiency", "stack_efficiency"),
+        ("loader.worker", "loader.workers"),
     ],
 )
 def test_a_misspelled_field_gets_a_suggestion(path, suggestion):
@@ -408,7 +480,7 @@ def test_a_misspelled_field_gets_a_suggestion(path, suggestion):
 
 
 def test_an_unknown_field_gets_the_list_of_fields():
-    with pytest.raises(CnnlabError, match="'zzz'.*Use model.name, model.parameters"):
+    with pytest.raises(CnnlabError, match="'zzz'.*Use model.parameters, .*stages"):
         predict({**SPEC, "zzz": 1})
 
 
@@ -422,6 +494,13 @@ def test_a_spec_that_is_no_object_is_rejected(spec):
 def test_a_bad_number_of_devices_is_named_with_its_place(bad):
     with pytest.raises(CnnlabError, match=r"devices\[2\]=.*integer from 1"):
         predict({**SPEC, "devices": [1, 2, bad]})
+
+
+def test_devices_that_cannot_hold_a_whole_pipeline_are_named():
+    with pytest.raises(CnnlabError, match=r"devices\[0\]=1 .* a multiple of the 2 stages"):
+        predict({**SPEC, **STAGES, "devices": [1, 2]})
+    with pytest.raises(CnnlabError, match=r"stages\[1\]=0 .*above 0"):
+        predict({**SPEC, "stages": [1, 0]})
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from many_machines import calibrate
-from many_machines.predictor import predict
 
+from cnnlab import predict
+from cnnlab.measure import calibrate
 from cnnlab.parallel.simulated_network import all_reduce_seconds
 from cnnlab.recipe import Recipe
 

@@ -9,12 +9,12 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from many_machines.predictor import GBIT, predict
 
 from cnnlab import machine
 from cnnlab.events import Started
 from cnnlab.launch.launcher import ranks, run
 from cnnlab.measure.compare import slowest_rank
+from cnnlab.measure.predictor import GBIT, predict
 from cnnlab.recipe import Recipe
 
 # Each rank trains the batch of this recipe on one thread: more ranks take more images per step.
@@ -39,22 +39,19 @@ def predict_here(
     say(f"1 rank of {recipe.model}: {alone:,.1f} images/s measured")
     predictions, measured = [], []
     for count in counts:
-        spec = spec_here(count, recipe, alone, parameters)
-        predicted = predict(spec)
-        predictions += predicted["predictions"]
-        link, images_per_s = spec["node"], predictions[-1]["images_per_s"]
-        links = f"{link['latency_us']:,.0f} us, {link['bandwidth_gbps']:.1f} Gbit/s"
-        say(f"{count} ranks: {images_per_s:,.1f} images/s predicted (all-reduce: {links})")
-    for prediction in predictions:
-        count = prediction["devices"]
+        result = predict(spec_here(count, recipe, alone, parameters))
+        predictions += result["predictions"]
+        say(f"{count} ranks: {predictions[-1]['images_per_s']:,.1f} images/s predicted")
+    for row in predictions:
+        count = row["devices"]
         images_per_s, _ = measure(recipe, count)
-        error = prediction["images_per_s"] / images_per_s - 1
+        error = row["images_per_s"] / images_per_s - 1
         say(f"{count} ranks: {images_per_s:,.1f} images/s measured, error {error:+.1%}")
-        row = {"ranks": count, "images_per_s": images_per_s, "error": error}
-        measured.append(row | {"efficiency": images_per_s / count / alone})
-    result = {"predictions": predictions, "assumptions": predicted["assumptions"]}
-    here = machine.describe().to_dict()
-    return result | {"machine": here, "recipe": recipe.to_dict(), "measured": measured}
+        efficiency = images_per_s / count / alone
+        figures = {"images_per_s": images_per_s, "efficiency": efficiency, "error": error}
+        measured.append({"ranks": count, **figures})
+    place = {"machine": machine.describe().to_dict(), "recipe": recipe.to_dict()}
+    return {**result, "predictions": predictions, **place, "measured": measured}
 
 
 def spec_here(count: int, recipe: Recipe, alone: float, parameters: int) -> dict[str, Any]:
