@@ -1,12 +1,11 @@
-"""Tensor parallelism: each rank holds and computes a part of the output channels of every layer.
+"""Tensor parallelism: each rank holds and computes a part of every layer.
 
-Shoeybi et al., "Megatron-LM" (2019). PyTorch's `parallelize_module` shards linear layers, but not
-convolutions: a DTensor convolution with a sharded weight computes this rank's channels and labels
-them as all channels (PyTorch 2.13).
+Shoeybi et al., "Megatron-LM" (2019), applied to a CNN. PyTorch's `parallelize_module` shards linear
+layers but not convolutions: a DTensor convolution with a sharded weight computes this rank's
+channels and labels them as all channels (PyTorch 2.13).
 """
 
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,53 +39,53 @@ def shard_layers(model: nn.Module, mesh: DeviceMesh, clock: Any) -> nn.Module:
 
 
 def shard_convolutions(layers: nn.Sequential, mesh: DeviceMesh, clock: Any) -> None:
-    """Shard each convolution, and the channel-wise layers that follow it, by output channel."""
-    sharded = False
+    """Shard each convolution, with the channel-wise layers that follow it, by output channel."""
+    blocks: list[nn.Sequential] = []
     for layer in layers:
-        if isinstance(layer, nn.Conv2d) and layer.out_channels % mesh.size():
-            raise CnnlabError(
-                f"tensor_ranks={mesh.size()} does not divide the {layer.out_channels} channels of "
-                f"a convolution. Use a width that is a multiple of {mesh.size()}."
-            )
-        sharded = isinstance(layer, nn.Conv2d) or (sharded and isinstance(layer, CHANNEL_WISE))
-        if sharded:
+        if isinstance(layer, CHANNEL_WISE) and blocks and isinstance(blocks[-1][0], nn.Conv2d):
+            blocks[-1].append(layer)
+        else:
+            blocks.append(nn.Sequential(layer))
+        if isinstance(blocks[-1][0], nn.Conv2d):
             _shard_tensors(layer, mesh)
-    layers.forward = partial(_forward, layers, mesh.get_group(), clock)  # type: ignore[method-assign]
+    layers.forward = partial(_forward, blocks, mesh.get_group(), clock)  # type: ignore[method-assign]
 
 
 def _shard_tensors(layer: nn.Module, mesh: DeviceMesh) -> None:
     for name, tensor in layer.state_dict(keep_vars=True).items():
-        if tensor.ndim > 0:  # all but the number of batches that batch norm has seen
-            # Without a source rank nothing is sent, because all ranks have the same values.
-            shard = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            setattr(layer, name, nn.Parameter(shard) if is_parameter else shard)
-
-
-def _forward(layers: nn.Sequential, group: dist.ProcessGroup, clock: Any, images: Tensor) -> Tensor:
-    """The forward pass of `layers`, where all channels go in and come out.
-
-    The channels are gathered after the last channel-wise layer: pooling makes them 4x smaller.
-    """
-    sharded = False
-    for layer, following in pairwise([*layers, None]):
-        if isinstance(layer, nn.Conv2d):
-            images = SumGradients.apply(images, group, clock)
-            sharded = True
-        if not sharded:
-            images = layer(images)
+        if tensor.ndim == 0:  # the number of batches that batch norm has seen
             continue
-        tensors = layer.state_dict(keep_vars=True)
-        shards = {name: local_tensor(tensor) for name, tensor in tensors.items()}
-        images = functional_call(layer, shards, images)
-        if not isinstance(following, CHANNEL_WISE):
+        if len(tensor) % mesh.size():
+            raise CnnlabError(
+                f"tensor_ranks={mesh.size()} does not divide the {len(tensor)} channels of a "
+                f"convolution. Use a width that is a multiple of {mesh.size()}."
+            )
+        # Without a source rank nothing is sent, because all ranks have the same values.
+        shard = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+        setattr(layer, name, nn.Parameter(shard) if isinstance(tensor, nn.Parameter) else shard)
+
+
+def _forward(
+    blocks: list[nn.Sequential], group: dist.ProcessGroup, clock: Any, images: Tensor
+) -> Tensor:
+    """The forward pass: all channels go into a block and come out of it.
+
+    They are gathered after the last layer of the block, because pooling makes them 4x smaller.
+    """
+    for block in blocks:
+        if isinstance(block[0], nn.Conv2d):
+            images = SumGradients.apply(images, group, clock)
+            tensors = block.state_dict(keep_vars=True)
+            shards = {name: local_tensor(tensor) for name, tensor in tensors.items()}
+            images = functional_call(block, shards, images)
             images = GatherChannels.apply(images, group, clock)
-            sharded = False
+        else:
+            images = block(images)
     return images
 
 
 class SumGradients(torch.autograd.Function):
-    """The identity. Backward sums over the ranks: each has the gradient of its own channels."""
+    """The identity. Backward adds what the channels of all ranks contribute (f in Megatron-LM)."""
 
     @staticmethod
     def forward(ctx, images, group, clock):
@@ -101,7 +100,7 @@ class SumGradients(torch.autograd.Function):
 
 
 class GatherChannels(torch.autograd.Function):
-    """All ranks' channels. Backward takes its own: each rank has the gradient of all channels."""
+    """The channels of all ranks. Backward takes its own from the gradient, equal in all ranks."""
 
     @staticmethod
     def forward(ctx, images, group, clock):
