@@ -76,37 +76,25 @@ class Speedup:
         return f"{self.value:.2f}x faster than {self.baseline} ({interval})"
 
 
-def speedup(baseline: Measurement, other: Measurement, paired: bool = True) -> Speedup:
+def speedup(baseline: Measurement, other: Measurement) -> Speedup:
     """The `Speedup` of `other` over `baseline`: Student's t on the logarithms of their images/s.
 
-    `paired`: the two ran interleaved, so that repeat n of both met the same conditions, and only
-    the ratio within each pair counts. Otherwise Welch's test for unequal variances. The interval
-    is unbounded for fewer than two repeats.
+    The two ran interleaved, so that repeat n of both met the same conditions, and only the ratio
+    within each pair counts. The interval is unbounded for fewer than two repeats.
     """
     a, b = np.log(baseline.images_per_s), np.log(other.images_per_s)
-    if paired and len(a) != len(b):
+    if len(a) != len(b):
         raise CnnlabError(
             f"{baseline.name} has {len(a)} repeats and {other.name} {len(b)}, but pairs need "
-            "equally many. Use paired=False."
+            "equally many. Run them interleaved, as `compare` does."
         )
-    mean = (b - a).mean() if paired else b.mean() - a.mean()
-    low, high = _confidence_interval(a, b, paired)
-    value, low, high = (float(np.exp(x)) for x in (mean, low, high))
+    mean, margin = (b - a).mean(), np.inf
+    if len(a) > 1:
+        from scipy import stats
+
+        margin = stats.t.ppf(0.975, len(a) - 1) * stats.sem(b - a)
+    value, low, high = (float(np.exp(x)) for x in (mean, mean - margin, mean + margin))
     return Speedup(value=value, low=low, high=high, baseline=baseline.name)
-
-
-def _confidence_interval(a, b, paired):
-    """The 95% confidence interval of the mean of b - a."""
-    if min(len(a), len(b)) < 2:
-        return -np.inf, np.inf
-    from scipy import stats
-
-    if not paired:
-        return stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-    mean, error = (b - a).mean(), stats.sem(b - a)
-    if error == 0:  # as of a measurement compared with itself
-        return mean, mean
-    return stats.t.interval(0.95, len(a) - 1, mean, error)
 
 
 def confounders(recipes: Sequence[Recipe]) -> dict[str, list[Any]]:

@@ -7,6 +7,8 @@ from datetime import datetime, timezone
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from cnnlab import machine, record
 from cnnlab.launch.failures import RankError
 from cnnlab.machine import Machine
@@ -117,11 +119,10 @@ def climb(
     repeats: int = 5,
     stop: threading.Event | None = None,
 ) -> Iterator[Rung]:
-    """Try each of `rungs` ({name: changes}) on top of those kept; yield the `Rung` after each run.
+    """Try each of `rungs` ({name: changes}) on top of those kept; yield each `Rung` as it grows.
 
-    The rung below and the candidate run interleaved, `repeats` times each. A rung is kept if it
-    beats the one below significantly. The baseline runs once more with each rung, so that its
-    figure covers the whole climb.
+    The baseline runs `repeats` times. Then the rung below and each candidate run interleaved,
+    `repeats` times each. A rung is kept if it beats the one below significantly.
     """
     # The cache is empty, so that compile times are those of a first compilation.
     with TemporaryDirectory(prefix="cnnlab-compiled-", ignore_cleanup_errors=True) as cache:
@@ -130,16 +131,18 @@ def climb(
 
 
 def _climb(recipe, rungs, repeats, options):
-    baseline = below = _baseline_rung(recipe)
-    yield baseline
+    below = _baseline_rung(recipe)
+    yield below
+    for found in measure_interleaved({"baseline": below.recipe}, repeats, **options):
+        below = replace(below, measurement=found["baseline"])
+        yield below
     for name, change in rungs.items():
         candidate = _apply_change(below.recipe, change)
         if candidate == below.recipe:
             continue
         rung = Rung(name=name, measurement=Measurement(name=name, recipe=candidate))
-        attempt = _try_rung(rung, below, baseline, repeats, options)
-        for rung, baseline in attempt:
-            yield baseline
+        attempt = _try_rung(rung, below, repeats, options)
+        for rung in attempt:
             yield rung
         if options["stop"] is not None and options["stop"].is_set():
             return
@@ -148,11 +151,6 @@ def _climb(recipe, rungs, repeats, options):
         yield rung
         if rung.kept:
             below = rung
-        elif below.name == "baseline":
-            below = baseline
-    if not baseline.measurement.images_per_s:  # no rung was tried
-        for found in measure_interleaved({"baseline": baseline.recipe}, repeats, **options):
-            yield replace(baseline, measurement=found["baseline"])
 
 
 def ladder_result(rungs: Iterable[Rung], impossible: Mapping[str, str]) -> dict[str, Any]:
@@ -188,42 +186,33 @@ def _apply_change(recipe: Recipe, change: Changes) -> Recipe:
     return recipe.replace(**{**change, "replicas": replicas})
 
 
-def _try_rung(rung, below, baseline, repeats, options):
-    """Run the rung below and this one interleaved; yield (rung, baseline) first and after each run.
+def _try_rung(rung, below, repeats, options):
+    """Run the rung below and this one interleaved; yield the rung first and after each of its runs.
 
-    The baseline runs once before them. If a rank of this rung fails, the last `rung` says so; if
-    one of a rung that ran before fails, that is raised as `RankError`.
+    If a rank of this rung fails, the last `Rung` says so; if one of the rung below fails, which has
+    run before, that is raised as `RankError`.
     """
-    yield rung, baseline
-    earlier = baseline.measurement
-    if below.name != "baseline":
-        again = {"baseline": baseline.recipe.replace(evaluate=False)}
-        for found in measure_interleaved(again, 1, **options):
-            baseline = replace(baseline, measurement=_add_repeats(earlier, found["baseline"]))
-    evaluate = below.recipe.evaluate and below.measurement.accuracy is None  # once is enough
-    pair = {below.name: below.recipe.replace(evaluate=evaluate), rung.name: rung.recipe}
+    yield rung
+    pair = {below.name: below.recipe.replace(evaluate=False), rung.name: rung.recipe}
     candidate_runs_next = False
     try:
         for found in measure_interleaved(pair, repeats, **options):
             theirs, ours = found[below.name], found[rung.name]
-            if below.name == "baseline":
-                baseline = replace(baseline, measurement=_add_repeats(earlier, theirs))
             candidate_runs_next = len(theirs.images_per_s) > len(ours.images_per_s)
             if not candidate_runs_next:
-                rung = replace(
-                    rung,
-                    measurement=ours,
-                    over_baseline=speedup(baseline.measurement, ours, paired=False),
-                    over_below=speedup(theirs, ours),
-                )
-            yield rung, baseline
+                gain = speedup(theirs, ours)
+                total = multiply(below.over_baseline, gain)
+                rung = replace(rung, measurement=ours, over_below=gain, over_baseline=total)
+                yield rung
     except RankError as error:
         if not candidate_runs_next:
             raise
-        yield replace(rung, failed=error.error), baseline
+        yield replace(rung, failed=error.error)
 
 
-def _add_repeats(measurement: Measurement, other: Measurement) -> Measurement:
-    """The measurement with the repeats of another of the same recipe."""
-    images_per_s = measurement.images_per_s + other.images_per_s
-    return replace(measurement if measurement.images_per_s else other, images_per_s=images_per_s)
+def multiply(lower: Speedup, upper: Speedup) -> Speedup:
+    """The speedup of two rungs together. The margins, as logarithms, add in quadrature."""
+    value = lower.value * upper.value
+    margins = np.log([lower.high / lower.value, upper.high / upper.value])
+    spread = float(np.exp(np.hypot(*margins)))
+    return Speedup(value=value, low=value / spread, high=value * spread, baseline=lower.baseline)
