@@ -223,8 +223,8 @@ def _check_strategy(recipe: Recipe) -> None:
         value, default = getattr(recipe, name), getattr(Recipe, name)
         if value != default and (strategy or "ddp") not in strategies:
             raise CnnlabError(
-                f"{name}={value!r} needs strategy={' or '.join(map(repr, strategies))}, not "
-                f"strategy={strategy!r}. Change the strategy, or use {name}={default!r}."
+                f"{name}={value!r} is not supported with strategy={strategy!r}. Use "
+                f"{name}={default!r}, or a strategy that supports it: {', '.join(strategies)}."
             )
     if recipe.precision == "fp16" and strategy not in (None, "ddp"):
         raise CnnlabError(
