@@ -12,11 +12,9 @@ from typing import Any, Literal
 
 import psutil
 
-Kind = Literal[
-    "hello", "event", "print", "done", "rejected", "error", "stopped", "killed", "late", "agent"
-]
+Kind = Literal["event", "print", "done", "rejected", "error", "stopped", "killed", "late"]
 # The kinds of messages that report a failure, the most informative first.
-FAILURE_KINDS = ("error", "stopped", "killed", "late", "agent")
+FAILURE_KINDS = ("error", "stopped", "killed", "late")
 # Texts in the tracebacks of ranks that failed only because another rank had failed.
 PEER_ERRORS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "C10d store")
 # In a stack dump, the frame of the worker that called the user's function.
@@ -29,7 +27,7 @@ class Message:
 
     rank: int
     kind: Kind
-    content: Any = None  # the process id of "hello", the event, the printed line, or the reason
+    content: Any = None  # the event, the printed line, or the reason
     error: str = ""  # of a failure: one line
     traceback: str = ""  # of a failure: its full text, or where the rank is
 

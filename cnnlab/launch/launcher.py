@@ -2,14 +2,14 @@
 
 import atexit
 import math
-import os
 import queue
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from cnnlab.data import datasets
 from cnnlab.events import Event, Failed, Restarted
 from cnnlab.launch import failures, processes, worker
 from cnnlab.launch.failures import Message, RankError
-from cnnlab.launch.processes import AGENT_THREAD, Env, prewarm
+from cnnlab.launch.processes import RANK_NAME, Env, prewarm
 from cnnlab.launch.worker import train_rank
 from cnnlab.recipe import CnnlabError, Recipe
 
@@ -119,8 +119,8 @@ def stream(
 class RankProcesses:
     """The processes of one run, seen from the notebook: a context manager starts and ends them.
 
-    One thread runs torch's elastic agent, which starts the processes. They run `worker.main` and
-    connect to a socket in a private folder. One thread per rank puts its messages into the inbox.
+    One thread per rank starts its process, which runs `worker.main`, and puts its messages into the
+    inbox.
     """
 
     def __init__(
@@ -128,30 +128,24 @@ class RankProcesses:
     ) -> None:
         prewarm()
         self.say = say
+        self.world = world
         self.inbox: queue.Queue[Message] = queue.Queue()
-        self.pids: dict[int, int] = {}  # Filled by the readers, also while nobody asks for events.
+        self.pids: dict[int, int] = {}
         self.unfinished = set(range(world))  # Ranks that are neither done nor failed.
         self.close_lock = threading.Lock()
-        self.cancelled = threading.Event()  # Ranks that connect from now on get no job.
+        self.cancelled = threading.Event()  # Ranks that start from now on are killed.
         self.closed = threading.Event()  # Ranks that are done wait for it: see worker.main.
-        self.folder = processes.make_socket_folder()
-        try:
-            self.job = processes.pack_job(function, args, backend, env, self.folder)
-            address = str(self.folder / "socket") if hasattr(os, "fork") else None
-            self.listener = Listener(address, backlog=world)
-        except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise
-        self.readers = [threading.Thread(target=self._read, daemon=True) for _ in range(world)]
-        agent_args = (world, self.listener.address, self.folder, self.inbox.put)
-        self.agent = threading.Thread(
-            target=processes.run_agent, args=agent_args, name=AGENT_THREAD, daemon=True
-        )
+        self.job = processes.pack_job(function, args, backend, env)
+        self.folder = processes.make_folder()
+        self.threads = [
+            threading.Thread(target=self._run_rank, args=(rank,), name=RANK_NAME, daemon=True)
+            for rank in range(world)
+        ]
 
     def __enter__(self) -> "RankProcesses":
         atexit.register(self._close)  # For programs that exit during a run.
         try:
-            for thread in (*self.readers, self.agent):
+            for thread in self.threads:
                 thread.start()
         except BaseException:  # An interrupt: __exit__ is not called if __enter__ raises.
             self.__exit__()
@@ -175,12 +169,10 @@ class RankProcesses:
                 killed = processes.process_tree(list(self.pids.values()))
                 processes.kill_groups(list(self.pids.values()))
             self.closed.set()
-            with suppress(OSError):
-                for _ in self.readers:  # Wake the readers that no rank has connected to.
-                    Client(self.listener.address).close()
-            self.listener.close()  # A rank that is still starting finds no socket, and ends.
-            if self.agent.ident:  # It has been started.
-                self.agent.join(10)
+            deadline = time.monotonic() + 10
+            for thread in self.threads:
+                if thread.ident:  # It has been started.
+                    thread.join(max(0, deadline - time.monotonic()))
             processes.kill_groups(list(self.pids.values()))
             processes.unlink_shared_memory(killed)
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -246,20 +238,32 @@ class RankProcesses:
             return failures.locate_hang(cause, self._unfinished_pids(), self.folder)
         return cause
 
-    def _read(self) -> None:
-        """Put the messages of one rank into the inbox, up to the last; note its process id."""
-        with suppress(EOFError, OSError), self.listener.accept() as connection:
-            # These errors: the listener was closed, or `_close` woke this thread.
-            message = connection.recv()  # "hello"
-            self.pids[message.rank] = message.content
+    def _run_rank(self, rank: int) -> None:
+        """Start a rank, put its messages into the inbox, up to the last, and wait for its end."""
+        try:
+            process, connection = processes.start_rank(rank, self.world, self.folder)
+        except Exception:
+            error, text = "the process did not start", traceback.format_exc()
+            self.inbox.put(Message(rank, "error", error=error, traceback=text))
+            return
+        self.pids[rank] = process.pid
+        with connection:
             if self.cancelled.is_set():  # Checked after noting the pid, so that no rank escapes.
-                return
+                process.kill()
+            else:
+                self._exchange_messages(rank, connection)
+        process.join()
+
+    def _exchange_messages(self, rank: int, connection: Connection) -> None:
+        kind = ""
+        try:
             connection.send_bytes(self.job)
-            try:
-                while message.kind not in ("done", "error", "rejected"):
-                    message = connection.recv()
-                    self.inbox.put(message)
-            except (EOFError, OSError):
-                self.inbox.put(failures.killed(message.rank))
-            self.closed.wait()  # The process stays until `_root_cause` has looked at it.
+            while kind not in ("done", "error", "rejected"):
+                message = connection.recv()
+                self.inbox.put(message)
+                kind = message.kind
+        except (EOFError, OSError):
+            self.inbox.put(failures.killed(rank))
+        self.closed.wait()  # The process stays until `_root_cause` has looked at it.
+        with suppress(OSError):
             connection.send("bye")

@@ -1,16 +1,14 @@
-"""The processes of the ranks: what they get, how torch's elastic agent starts them, cleanup."""
+"""The processes of the ranks: how they are started, what they get, how they are cleaned up."""
 
 import linecache
-import logging
 import multiprocessing.spawn
 import os
 import signal
 import sys
 import tempfile
-import threading
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,10 @@ import cloudpickle
 import psutil
 
 from cnnlab.launch import worker
-from cnnlab.launch.failures import Message
 
 Env = Mapping[str, str] | None
 
-AGENT_THREAD = "cnnlab-agent"
+RANK_NAME = "cnnlab-rank"  # of the processes, and of the threads that start them
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 # Libraries of the ranks read these when they are loaded. The user's own values take precedence.
 RANK_ENVIRONMENT = {
@@ -35,13 +32,7 @@ RANK_ENVIRONMENT = {
 }
 # Passed on, because the fork server may have been started before the user set them.
 DATA_VARIABLES = ("CNNLAB_DATA", "CNNLAB_MIRROR")
-PRELOAD = [
-    "torch",
-    "torch._dynamo",
-    "torch.distributed.elastic.multiprocessing.api",
-    "sklearn.datasets",
-    "cnnlab.launch.worker",
-]
+PRELOAD = ["torch", "torch._dynamo", "sklearn.datasets", "cnnlab.launch.worker"]
 
 
 def prewarm() -> None:
@@ -60,42 +51,19 @@ def prewarm() -> None:
             os.environ.pop(name, None)  # Another thread may have removed it already.
 
 
-def run_agent(world: int, address: Any, folder: Path, report: Callable[[Message], None]) -> None:
-    """Run `worker.main(address)` in `world` processes until they end, and report if one fails.
-
-    Must be called in a thread named `AGENT_THREAD`. The agent is the engine of torchrun.
-    """
-    from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-
+def start_rank(rank: int, world: int, folder: Path) -> tuple[Any, Connection]:
+    """Start a process that runs `worker.main`. Returns the process and the connection to it."""
     _skip_main_import()
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # The user sees errors as events.
-    spec = WorkerSpec(
-        role="cnnlab",
-        local_world_size=world,
-        entrypoint=worker.main,
-        args=(address,),
-        rdzv_handler=_local_rendezvous(),
-        max_restarts=0,
-        monitor_interval=0.02,
-    )
-    logs = DefaultLogsSpecs(log_dir=str(folder))
-    timeouts: dict[str, Any] = {"shutdown_timeout": 2, "exit_barrier_timeout": 2}
-    rank = 0
-    try:
-        result = LocalElasticAgent(spec, logs, START_METHOD, **timeouts).run()
-        if not result.is_failed():
-            return
-        rank = min(result.failures, default=0)
-        text = "\n".join(failure.message for failure in result.failures.values())
-    except Exception:
-        text = traceback.format_exc()
-    report(Message(rank, "agent", error="the process did not start", traceback=text))
+    context: Any = multiprocessing.get_context(START_METHOD)
+    ours, theirs = context.Pipe()
+    args = (theirs, rank, world, str(folder))
+    process = context.Process(target=worker.main, args=args, name=RANK_NAME)
+    with theirs:
+        process.start()
+    return process, ours
 
 
-def pack_job(function: Callable, args: tuple, backend: str | None, env: Env, folder: Path) -> bytes:
+def pack_job(function: Callable, args: tuple, backend: str | None, env: Env) -> bytes:
     """The pickled `worker.Job` for all ranks of a run."""
     data_env = {name: os.environ[name] for name in DATA_VARIABLES if name in os.environ}
     job = worker.Job(
@@ -103,7 +71,6 @@ def pack_job(function: Callable, args: tuple, backend: str | None, env: Env, fol
         env={**data_env, **(env or {})},
         cells=_notebook_cells(),
         backend=backend,
-        folder=str(folder),
         timeout=worker.COLLECTIVE_TIMEOUT_S,
     )
     return cloudpickle.dumps(job)
@@ -112,11 +79,11 @@ def pack_job(function: Callable, args: tuple, backend: str | None, env: Env, fol
 def kill_groups(pids: Iterable[int]) -> None:
     """Kill the ranks with these process ids and their loader workers."""
     for pid in pids:
-        with suppress(OSError):  # Already gone.
-            if hasattr(os, "killpg"):
+        if hasattr(os, "killpg"):
+            with suppress(OSError):  # Already gone, or not yet a group.
                 os.killpg(pid, signal.SIGKILL)
-            else:
-                os.kill(pid, signal.SIGTERM)
+        with suppress(OSError):  # Already gone.
+            os.kill(pid, signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
 
 
 def process_tree(pids: Iterable[int]) -> set[int]:
@@ -139,29 +106,14 @@ def unlink_shared_memory(pids: Iterable[int]) -> None:
             block.unlink(missing_ok=True)
 
 
-def make_socket_folder() -> Path:
+def make_folder() -> Path:
     """Make a private folder with a short path: a socket's path may have at most 104 bytes."""
     is_long = len(tempfile.gettempdir()) >= 64 and os.name != "nt"
     return Path(tempfile.mkdtemp(prefix="cnnlab-", dir="/tmp" if is_long else None))
 
 
-def _local_rendezvous():
-    """A rendezvous of this machine with itself: no port, no name lookup, no waiting."""
-    from torch.distributed import HashStore
-    from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
-    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
-
-    class LocalRendezvous(StaticTCPRendezvous):
-        use_agent_store = False  # The ranks have their own store, see worker.Job.
-
-        def next_rendezvous(self):
-            return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("localhost", 0))
-
-    return LocalRendezvous("localhost", 0, rank=0, world_size=1, run_id="cnnlab", timeout=0)
-
-
 def _skip_main_import() -> None:
-    """Keep the agent's processes from importing the caller's script, as multiprocessing would.
+    """Keep the ranks from importing the caller's script, as multiprocessing would.
 
     They get what they need of it pickled by value. A script therefore needs no
     `if __name__ == "__main__"` and may come from standard input. Other processes are unaffected.
@@ -170,7 +122,7 @@ def _skip_main_import() -> None:
 
     def get_preparation_data(name):
         data = original(name)
-        if threading.current_thread().name == AGENT_THREAD:
+        if name == RANK_NAME:
             data.pop("init_main_from_path", None)
             data.pop("init_main_from_name", None)
         return data

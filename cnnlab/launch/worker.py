@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -40,36 +40,29 @@ COLLECTIVE_TIMEOUT_S = 60  # A collective that takes longer has lost a rank.
 live_groups: list[dist.ProcessGroup] = []
 
 
-def main(address: str) -> None:
-    """Do the job that comes from the socket `address`. The entry point of each process."""
+def main(connection: Connection, rank: int, world: int, folder: str) -> None:
+    """Do the job that comes through the connection. The entry point of each process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The notebook handles interrupts.
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # So that loader workers can be killed together with their rank.
-    threading.Thread(target=_watch_parent, args=(address,), daemon=True).start()
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    threading.Thread(target=_watch_parent, args=(folder,), daemon=True).start()
     if sys.platform == "linux":
         # Loader workers fork from the rank: they start at once and leave no semaphores behind.
         multiprocessing.set_start_method("fork", force=True)
-    try:
-        connection = Client(address)
-    except OSError:  # The run was stopped before this process was ready.
-        os._exit(1)
     with connection:
         channel = Channel(connection, rank)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=partial(_after_fork, connection))
-        channel.send("hello", os.getpid())
         try:
             job = pickle.loads(connection.recv_bytes())
-            _set_up(job, channel, rank, world)
+            _set_up(job, channel, rank, world, Path(folder))
             # After the setup, because unpickling imports modules that may depend on it.
             function, args = pickle.loads(job.call)
             for event in function(rank, world, *args):
                 channel.send("event", event)
             sys.stdout.flush()
             channel.send("done")
-            # Until all are done: a rank that dies in the agent's exit barrier would hang the agent.
-            connection.recv()
+            connection.recv()  # Until all are done: peers may still use connections to this rank.
         except CnnlabError as error:
             channel.send("rejected", str(error))
             os._exit(1)
@@ -172,17 +165,19 @@ def join_process_group(backend: str, **options: Any) -> None:
     dist.distributed_c10d.init_process_group = init_process_group
 
 
-def _set_up(job: "Job", channel: "Channel", rank: int, world: int) -> None:
+def _set_up(job: "Job", channel: "Channel", rank: int, world: int, folder: Path) -> None:
     """Everything a rank needs before the user's function is unpickled and called."""
     # Temporary files of Python and cnnlab disappear with the run's folder.
-    multiprocessing.current_process()._config["tempdir"] = job.folder  # type: ignore[attr-defined]
+    multiprocessing.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
     os.environ.update(job.env)
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world)
     linecache.cache.update(job.cells)
-    enable_stack_dumps(Path(job.folder), rank)
+    enable_stack_dumps(folder, rank)
     sys.stdout = sys.stderr = StdoutForwarder(channel)
     _configure_process(rank, world)
     if job.backend:
-        store = dist.FileStore(str(Path(job.folder) / "store"), world)
+        store = dist.FileStore(str(folder / "store"), world)
         timeout = timedelta(seconds=job.timeout)
         join_process_group(job.backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
@@ -206,17 +201,12 @@ def _after_fork(connection: Connection) -> None:
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
-def _parent_has_ended(timeout: float | None = None) -> bool:
-    """Whether the notebook's process ends within `timeout` seconds; None: wait until it does."""
-    parent = multiprocessing.parent_process()
-    return parent is None or bool(multiprocessing.connection.wait([parent.sentinel], timeout))
-
-
-def _watch_parent(address: str) -> None:
+def _watch_parent(folder: str) -> None:
     """End with the notebook: a killed kernel cannot stop its ranks or remove their folder."""
-    _parent_has_ended()
+    parent: Any = multiprocessing.parent_process()
+    parent.join()
     if hasattr(os, "killpg"):
-        shutil.rmtree(Path(address).parent, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
@@ -229,7 +219,6 @@ class Job:
     env: dict[str, str]
     cells: dict[str, tuple]  # linecache entries of notebook cells, for tracebacks
     backend: str | None  # of the process group; None: there is none
-    folder: str  # of the run
     timeout: float  # of a collective, in seconds
 
 
@@ -246,10 +235,8 @@ class Channel:
         with self.lock:
             try:
                 self.connection.send(Message(self.rank, kind, content, **failure))
-            except OSError:
-                # The notebook stopped the run or is gone; if gone, _watch_parent ends this process.
-                if _parent_has_ended(timeout=0.2):
-                    time.sleep(10)
+            except OSError:  # The notebook kills this process, or is gone: see _watch_parent.
+                time.sleep(10)
                 os._exit(1)
 
 

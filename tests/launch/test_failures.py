@@ -145,10 +145,10 @@ def test_a_run_after_a_failure_works():
 def test_the_primary_error_is_preferred_to_secondary_ones_and_to_less_informative_ones():
     secondary = Message(0, "error", error="RuntimeError", traceback="[gloo] Connection closed")
     primary = Message(1, "error", error="LookupError", traceback="no such star")
-    killed, agent = Message(2, "killed"), Message(3, "agent")
-    assert root_cause([secondary, agent, killed, primary]) is primary
-    assert root_cause([secondary, agent, killed]) is killed
-    assert root_cause([secondary, agent]) is agent
+    killed, late = Message(2, "killed"), Message(3, "late")
+    assert root_cause([secondary, late, killed, primary]) is primary
+    assert root_cause([secondary, late, killed]) is killed
+    assert root_cause([secondary, late]) is late
     assert root_cause([secondary]) is secondary
 
 

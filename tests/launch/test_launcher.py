@@ -1,11 +1,9 @@
 """Real runs in real processes: their events, their values, and how they are stopped."""
 
 import os
-import shutil
 import threading
 import time
 from itertools import islice
-from multiprocessing.connection import Client
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from cnnlab import model, plots
 from cnnlab.data import datasets
 from cnnlab.events import Evaluated, Finished, Progress, Started
 from cnnlab.launch import launcher
-from cnnlab.launch.failures import Message
 from cnnlab.launch.launcher import ranks
 from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training.loop import evaluate, train
@@ -229,19 +226,13 @@ def test_ranks_that_start_while_the_run_is_being_stopped_are_stopped_too():
     wait_until(lambda: not ranks_alive(), "a rank escaped", seconds=1)
 
 
-def test_a_rank_that_connects_after_the_stop_gets_no_job():
+def test_a_rank_that_starts_after_the_stop_is_killed():
     group = launcher.RankProcesses(run_forever, (), 1, None, {}, print)
     group.cancelled.set()
-    with group.listener:
-        reader = threading.Thread(target=group._read)
-        reader.start()
-        with Client(group.listener.address) as connection:
-            connection.send(Message(3, "hello", 12345))
-            with pytest.raises((EOFError, OSError)):
-                connection.recv_bytes()
-        reader.join(10)
-    shutil.rmtree(group.folder)
-    assert group.pids == {3: 12345}  # It will be killed.
+    with group:
+        group.threads[0].join(10)
+        assert not ranks_alive()
+    assert list(group.pids) == [0] and group.inbox.empty()
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -40,7 +40,7 @@ def test_an_interrupt_while_the_ranks_are_being_started_leaves_none(monkeypatch)
 
     def start_and_interrupt(thread):
         start(thread)
-        if thread.name == launcher.AGENT_THREAD:
+        if thread.name == launcher.RANK_NAME:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
