@@ -25,9 +25,12 @@ UNUSED = EDR  # no row of the table leaves the machine
 
 # Parameters of the models in their papers' versions for ImageNet; Transformer-XL large: computed.
 PARAMETERS = {
+    "BERT base": 110e6,
     "Inception-V3": 23.8e6,
     "ResNet-50": 25.6e6,
+    "ResNet-101": 44.5e6,
     "ResNet-152": 60.2e6,
+    "Transformer big": 210e6,
     "Transformer-XL large": 285e6,
     "Llama 3.1 8B": 8.03e9,
 }
@@ -67,6 +70,7 @@ LAYERS = {"VGG-16": VGG16, "AlexNet": ALEXNET}
 TENSORFLOW = "TensorFlow, performance benchmarks (May 2017)"
 DEEP_LEARNING_EXAMPLES = "NVIDIA/DeepLearningExamples"
 DLPERF = "Oneflow-Inc/DLPerf"
+HOROVOD = "horovod/horovod, docs/benchmarks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +151,36 @@ def mxnet(place, batch, precision, node, rates, per_node=8):
     return table(label, source, stack, rates, batch, UNUSED, node, per_node, bytes_per_parameter)
 
 
-def dlperf(stack, *rates):
+def dlperf(stack, *rates, name="ResNet-50", batch=128, precision="fp32"):
     counts = dict(zip((1, 8, 16, 32), rates, strict=True))
-    label = "ResNet-50, 4 x 8 V100, 100 Gbit/s, batch 128"
-    return table(label, DLPERF, stack, counts, 128, EDR, NVLINK_V100)
+    bytes_per_parameter = 2 if precision == "AMP" else 4  # AMP: fp16 gradients, assumed
+    label = f"{name}, 4 x 8 V100, 100 Gbit/s, batch {batch}"
+    if precision == "AMP":
+        label += ", AMP"
+    return table(
+        label,
+        DLPERF,
+        stack,
+        counts,
+        batch,
+        EDR,
+        NVLINK_V100,
+        bytes_per_parameter=bytes_per_parameter,
+    )
+
+
+def single_node(name, place, stack, batch, precision, node, rates, per_node=8):
+    label = f"{name}, {place}, {precision}"
+    bytes_per_parameter = 2 if precision == "AMP" else 4
+    source = DEEP_LEARNING_EXAMPLES
+    return table(label, source, stack, rates, batch, UNUSED, node, per_node, bytes_per_parameter)
+
+
+def horovod(name, batch, rate, efficiency):
+    rates = {1: rate, 512: 512 * rate * efficiency}  # the rate of one P100: assumed
+    network = {"bandwidth_gbps": 25, "latency_us": 20}
+    label = f"{name}, 128 x 4 P100, RoCE 25 Gbit/s"
+    return table(label, HOROVOD, "TensorFlow 1, Horovod", rates, batch, network, NVLINK_P100, 4)
 
 
 def transformer_xl(precision, bytes_per_parameter, rates):
@@ -209,4 +239,53 @@ TABLES = [
         NVLINK_H100,
         bytes_per_parameter=3,
     ),
+]
+
+# Tables that came later. Mixed precision makes steps so short, and BERT has so many parameters,
+# that the software decides; ResNet-50 and Inception-V3 on Horovod are the opposite.
+BERT: dict = {"name": "BERT base"}
+AMP: dict = {"precision": "AMP"}
+OTHER_TABLES = [
+    dlperf("OneFlow 0.2", 397.64, 3130.34, 6260.30, 12411.97),
+    dlperf("MXNet, NVIDIA", 392.24, 3006.98, 5758.49, 11331.93),
+    dlperf("PyTorch, NVIDIA", 367.29, 2887.65, 5716.79, 10917.09),
+    dlperf("MXNet, gluon", 384.19, 2556.03, 4855.34, 9579.74),
+    dlperf("PyTorch 1.6, DDP", 348.62, 2632.93, 5115.40, 10021.29),
+    dlperf("OneFlow 0.2", 1472.72, 10629.32, 17920.40, 33141.02, batch=256, **AMP),
+    dlperf("MXNet, NVIDIA", 1393.87, 9621.31, 16219.03, 30713.68, batch=256, **AMP),
+    dlperf("PyTorch, NVIDIA", 802.9, 6154.66, 11991.94, 22551.16, batch=256, **AMP),
+    dlperf("OneFlow 0.2", 152.89, 1105.55, 2015.78, 3689.80, batch=32, **BERT),
+    dlperf("OneFlow 0.2, no clipping", 153.94, 1194.48, 2181.51, 4019.45, batch=32, **BERT),
+    dlperf("PyTorch, NVIDIA", 119.60, 921.32, 1499.40, 2885.81, batch=32, **BERT),
+    dlperf("MXNet, no clipping", 150.11, 1058.60, 1845.65, 3671.45, batch=32, **BERT),
+    dlperf("OneFlow 0.2", 156.02, 1201.70, 2352.92, 4664.10, batch=96, **BERT),
+    dlperf("PyTorch, NVIDIA", 121.94, 928.01, 1584.32, 3039.30, batch=48, **BERT),
+    dlperf("OneFlow 0.2", 605.11, 4381.66, 8075.16, 15724.70, batch=160, **BERT, **AMP),
+    dlperf("PyTorch, NVIDIA", 462.35, 3287.12, 5426.07, 10349.12, batch=96, **BERT, **AMP),
+    single_node("ResNet-50", "DGX A100", "PyTorch", 256, "TF32", NVLINK_A100, {1: 938, 8: 7248}),
+    single_node("ResNet-50", "DGX A100", "PyTorch", 256, "AMP", NVLINK_A100, {1: 2470, 8: 16621}),
+    single_node("ResNet-50", "DGX-1", "PyTorch", 256, "fp32", NVLINK_V100, {1: 367, 8: 2855}),
+    single_node("ResNet-50", "DGX-1", "PyTorch", 256, "AMP", NVLINK_V100, {1: 1200, 8: 8322}),
+    single_node(
+        "Transformer big",
+        "DGX A100",
+        "PyTorch DDP",
+        10240,
+        "TF32",
+        NVLINK_A100,
+        {1: 51057, 4: 179245, 8: 347936},
+    ),
+    single_node(
+        "Transformer big",
+        "DGX-2",
+        "PyTorch DDP",
+        10240,
+        "fp32",
+        NVLINK_V100,
+        {1: 9827, 4: 35216, 8: 68929, 16: 136253},
+        16,
+    ),
+    horovod("Inception-V3", 64, 142, 0.90),
+    horovod("ResNet-101", 64, 115, 0.90),
+    horovod("VGG-16", 64, 154, 0.68),
 ]

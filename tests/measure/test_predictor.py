@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import REPOSITORY
 from many_machines import predictor_error
-from many_machines.published import TABLES
+from many_machines.published import OTHER_TABLES, TABLES
 
 from cnnlab import predict
 from cnnlab.measure import cost_models
@@ -24,6 +24,7 @@ SPEC = {
     "node": {"devices": 1, "bandwidth_gbps": 800, "latency_us": 0},
     "network": {"bandwidth_gbps": 8, "latency_us": 0, "efficiency": 1},
     "overlap": False,
+    "overlap_efficiency": 1,
     "jitter": 0,
     "stack_efficiency": 1,
     "algorithm": "ring",
@@ -85,6 +86,13 @@ def test_overlap_hides_all_but_the_last_bucket():
     # 4 buckets of 25 MB: the last is ready when backward ends, and takes 25 ms.
     spec = {**SPEC, "bucket_mb": 25e6 / 2**20, "overlap": True}
     assert column("exposed_communication_s", spec) == pytest.approx([0, 0.025, 0.0375])
+
+
+def test_hidden_communication_may_slow_down_backward():
+    # Of 100 ms for 2 ranks, 75 ms are hidden; of 150 ms for 4, 112.5 ms.
+    spec = {**SPEC, "bucket_mb": 25e6 / 2**20, "overlap": True, "overlap_efficiency": 0.8}
+    expected = [0, 0.025 + 0.2 * 0.075, 0.0375 + 0.2 * 0.1125]
+    assert column("exposed_communication_s", spec) == pytest.approx(expected)
 
 
 def test_a_slow_network_is_exposed_from_the_first_bucket_on():
@@ -423,6 +431,7 @@ INVALID = {
     "network.latency_us": [-0.1],
     "network.efficiency": [0, 1.1],
     "overlap": [1, "yes", None],
+    "overlap_efficiency": [0, 1.1],
     "accumulate": [0, 1.5],
     "bucket_mb": [0],
     "jitter": [-0.1],
@@ -523,7 +532,7 @@ def test_invalid_layers_are_rejected(layer, message):
 
 
 BENCHMARKS_PAGE = REPOSITORY / "tests" / "benchmarks" / "README.md"
-MEAN_ERROR = 5.0  # points of efficiency, over all published tables, old frameworks included
+MEAN_ERROR = 4.0  # points of efficiency, over all published tables, old frameworks included
 
 
 def test_published_tables_are_predicted_within_the_tolerance(capsys):
@@ -535,9 +544,16 @@ def test_published_tables_are_predicted_within_the_tolerance(capsys):
     assert f"{predictor_error.mean_error():.1f} points" in capsys.readouterr().out
 
 
+def test_tables_of_mixed_precision_and_bert_are_known_to_be_predicted_worse():
+    assert predictor_error.mean_error(OTHER_TABLES) < 8.0
+    fp32 = [table for table in OTHER_TABLES if "AMP" not in table.name]
+    assert predictor_error.mean_error(fp32) < 6.0
+
+
 def test_no_published_table_sets_a_constant_of_the_predictor():
-    fitted = {"network.efficiency", "overlap", "bucket_mb", "jitter", "stack_efficiency"}
-    for table in TABLES:
+    fitted = {"network.efficiency", "overlap", "overlap_efficiency", "bucket_mb"}
+    fitted |= {"jitter", "stack_efficiency"}
+    for table in TABLES + OTHER_TABLES:
         assumptions = predict(table.spec)["assumptions"]
         given = {name for name in assumptions if assumptions[name]["origin"].startswith("given")}
         assert not given & fitted, table.name
