@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,7 +78,8 @@ def evaluate_with_different_statistics(rank, world):
     network = model.build(recipe, (1, 32, 10))
     for buffer in network.buffers():
         buffer += rank
-    yield evaluate(network, recipe, datasets.digits().test, torch.device("cpu"), rank, world)
+    state = SimpleNamespace(network=network, data_group=None)
+    yield evaluate(state, recipe, datasets.digits().test, torch.device("cpu"), rank, world)
 
 
 def test_ranks_evaluate_the_network_of_rank_0_on_each_image_once():
