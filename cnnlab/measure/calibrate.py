@@ -1,8 +1,7 @@
 """Calibrates the predictor on this machine: compute from one rank, the links from all-reduces."""
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from timeit import timeit
 from typing import Any
 
 import numpy as np
@@ -47,9 +46,8 @@ def predict_here(
         images_per_s, _ = measure(recipe, count)
         error = row["images_per_s"] / images_per_s - 1
         say(f"{count} ranks: {images_per_s:,.1f} images/s measured, error {error:+.1%}")
-        efficiency = images_per_s / count / alone
-        figures = {"images_per_s": images_per_s, "efficiency": efficiency, "error": error}
-        measured.append({"ranks": count, **figures})
+        figures = {"images_per_s": images_per_s, "efficiency": images_per_s / count / alone}
+        measured.append({"ranks": count, **figures, "error": error})
     place = {"machine": machine.describe().to_dict(), "recipe": recipe.to_dict()}
     return {**result, "predictions": predictions, **place, "measured": measured}
 
@@ -118,7 +116,5 @@ def median_seconds(function: Callable, *args: Any, calls: int = 12) -> float:
     seconds = []
     for _ in range(calls):
         dist.barrier()
-        began = time.perf_counter()
-        function(*args)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[2:])
+        seconds.append(timeit(lambda: function(*args), number=1))
+    return float(np.median(seconds[2:]))

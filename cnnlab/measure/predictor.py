@@ -48,8 +48,8 @@ OPTIONAL: dict[str, tuple[tuple, Any, str]] = {
     "model.layers": (LAYERS, [], "gradients become ready at a constant rate during backward"),
     "network.efficiency": (FRACTION, 0.9, "assumed: what an all-reduce can use of the line rate"),
     "overlap": (FLAG, True, "PyTorch DDP reduces gradient buckets during backward"),
-    # The part of the hidden communication that costs backward no time.
-    "overlap_efficiency": (FRACTION, 0.7, "backward slows down by 19 to 40% (arXiv 2507.03114)"),
+    # The part of the communication during backward that does not slow it down.
+    "overlap_efficiency": (FRACTION, 0.7, "backward slows down by 19 to 40%: arXiv 2507.03114"),
     "accumulate": (COUNT, 1, "an all-reduce for each micro-batch"),  # micro-batches per step
     "bucket_mb": (POSITIVE, 25.0, "PyTorch DDP's bucket_cap_mb, in MiB"),
     "compression": (FRACTION, 1.0, "gradients are sent as they are"),  # bytes sent, as a ratio
@@ -189,8 +189,18 @@ def _buckets(values: dict[str, Any]) -> tuple[int, list[tuple[float, float, floa
 
 def check_spec(spec: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """({field: value}, {field that may be left out: its value and origin}) of a valid spec."""
+    if not isinstance(spec, dict):
+        raise CnnlabError(f"a spec is a JSON object, not {type(spec).__name__}.")
     allowed = REQUIRED | {name: field[0] for name, field in OPTIONAL.items()}
-    given = _flatten(spec, {name.partition(".")[0] for name in allowed if "." in name})
+    sections = {name.partition(".")[0] for name in allowed if "." in name}
+    given: dict[str, Any] = {}
+    for name, value in spec.items():
+        if name not in sections:
+            given[name] = value
+        elif isinstance(value, dict):
+            given |= {f"{name}.{key}": entry for key, entry in value.items()}
+        else:
+            raise CnnlabError(f"{name}={value!r} is not allowed. Use an object.")
     for name in [*given, *REQUIRED]:
         if name not in allowed:
             close = difflib.get_close_matches(name, allowed, n=1)
@@ -206,21 +216,6 @@ def check_spec(spec: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         origin = "given in the spec" if name in given else origin
         assumptions[name] = {"value": values[name], "origin": origin}
     return values, assumptions
-
-
-def _flatten(spec: Any, sections: set[str]) -> dict[str, Any]:
-    """{"model.parameters": ..., "devices": ...}"""
-    if not isinstance(spec, dict):
-        raise CnnlabError(f"a spec is a JSON object, not {type(spec).__name__}.")
-    flat = {}
-    for name, value in spec.items():
-        if name not in sections:
-            flat[name] = value
-        elif isinstance(value, dict):
-            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
-        else:
-            raise CnnlabError(f"{name}={value!r} is not allowed. Use an object.")
-    return flat
 
 
 def _check(name: str, value: Any, text: str, kind: Any, low: float = 0, high: float = 0) -> None:

@@ -7,12 +7,6 @@ import numpy as np
 
 from cnnlab.plots.style import COLORS, REJECTED, Axes, color_of, hide_frame
 
-PARTS = {  # of a step, besides useful work
-    "exposed_communication_s": ("exposed communication", COLORS[1]),
-    "jitter_s": ("waiting for the slowest", COLORS[4]),
-    "idle_s": ("waiting for data or stages", COLORS[3]),
-}
-
 
 def prediction_curve(
     ax: Axes,
@@ -25,15 +19,17 @@ def prediction_curve(
     """
     rows = sorted(predictions, key=lambda row: row["devices"])
     devices = [row["devices"] for row in rows]
-    areas = {"useful work": [row["efficiency"] for row in rows]}
-    colors = ["#CDE3F0"]
-    for part, (label, color) in PARTS.items():
-        if part != "idle_s" or any(row[part] for row in rows):
-            areas[label] = [row[part] / row["step_s"] for row in rows]
-            colors.append(color)
+    step_s = np.array([row["step_s"] for row in rows])
+    areas = {
+        "useful work": np.array([row["efficiency"] for row in rows]),
+        "exposed communication": [row["exposed_communication_s"] for row in rows] / step_s,
+        "waiting for the slowest": [row["jitter_s"] for row in rows] / step_s,
+        "waiting for data or stages": [row["idle_s"] for row in rows] / step_s,
+    }
     areas["stack efficiency"] = 1 - np.sum(list(areas.values()), axis=0)
     percent = 100 * np.array(list(areas.values()))
-    ax.stackplot(devices, percent, labels=list(areas), colors=[*colors, REJECTED])
+    colors = ["#CDE3F0", COLORS[1], COLORS[4], COLORS[3], REJECTED]
+    ax.stackplot(devices, percent, labels=list(areas), colors=colors)
     marker = "o" if len(rows) < 30 else ""
     ax.plot(devices, percent[0], color=COLORS[0], marker=marker, clip_on=False)
     for number, (label, points) in enumerate((published or {}).items(), 2):
@@ -48,5 +44,5 @@ def prediction_curve(
     ax.set_ylim(0, 105)
     ax.set_xlabel("devices")
     ax.set_ylabel("efficiency (% of a step)")
-    ax.legend(fontsize=9, loc="lower left", framealpha=0.9, edgecolor="none")
+    ax.legend(fontsize=9, loc="lower left", reverse=True, framealpha=0.9, edgecolor="none")
     hide_frame(ax)

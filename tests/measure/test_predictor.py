@@ -400,21 +400,21 @@ def test_predictions_are_plain_json_in_the_order_of_the_devices():
 def test_thousands_of_device_counts_take_less_than_a_second():
     layers = [{"parameters": 2.5e5, "backward_share": 0.01}] * 100
     spec = changed("model.layers", layers, {**DEFAULT_SPEC, "bucket_mb": 1})
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(column("speedup", spec, devices=list(range(1, 100_001, 20)))) == 5000
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_each_number_of_devices_up_to_100_000_takes_less_than_a_second_together():
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(column("speedup", DEFAULT_SPEC, devices=list(range(1, 100_001)))) == 100_000
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_a_huge_model_is_predicted_at_once():
-    began = time.perf_counter()
+    began = time.process_time()
     assert column("bound_by", changed("model.parameters", 1e15), devices=[100_000]) != ["compute"]
-    assert time.perf_counter() - began < 0.2
+    assert time.process_time() - began < 0.2
 
 
 FIELDS = REQUIRED | {name: allowed for name, (allowed, _, _) in OPTIONAL.items()}
