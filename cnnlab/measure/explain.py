@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cnnlab import machine
 from cnnlab.launch import launcher
 from cnnlab.measure.compare import slowest_rank
-from cnnlab.measure.profile import profile_rank
+from cnnlab.measure.profile import profile_steps
 from cnnlab.measure.techniques import TECHNIQUES, Changes
 from cnnlab.recipe import MODEL_PARALLEL_FIELDS, Recipe
 
@@ -52,11 +52,6 @@ class Explanation:
         """The name of the part that takes most of a step."""
         return max(self.parts, key=lambda name: self.parts[name])
 
-    @property
-    def next(self) -> tuple[str, Changes]:
-        """(what to try next, the fields of the recipe to change), as in `suggest_next`."""
-        return suggest_next(self.recipe, self.bound)
-
     def __str__(self) -> str:
         recipe = self.recipe
         lines = [
@@ -66,7 +61,7 @@ class Explanation:
         for name, seconds in self.parts.items():
             figures = f"{1000 * seconds:8.2f} ms {100 * seconds / self.step_s:4.0f}%"
             lines.append(f"  {PARTS[name]:44}{figures}  {self._note(name)}".rstrip())
-        advice, change = self.next
+        advice, change = suggest_next(self.recipe, self.bound)
         if change:
             advice += f" ({', '.join(f'{field}={value!r}' for field, value in change.items())})"
         lines.append(f"Most of a step is {PARTS[self.bound]}. Try next: {advice}.")
@@ -74,26 +69,20 @@ class Explanation:
 
     def _note(self, name: str) -> str:
         """What the report says next to a part's time."""
-        seconds = self.parts[name]
-        if name == "communication" and self.recipe.device == "cuda" and self.recipe.ranks > 1:
+        seconds, recipe = self.parts[name], self.recipe
+        if name == "communication" and recipe.device == "cuda" and recipe.ranks > 1:
             return "not measured separately on a GPU"
         if name == "launch":
             return f"{self.operations:,} operations"
         if name == "arithmetic" and seconds:
-            peak = f"measured {self.recipe.precision} peak {self.peak_flops / 1e9:,.0f}"
+            peak = f"measured {recipe.precision} peak {self.peak_flops / 1e9:,.0f}"
             return f"{self.flops / seconds / 1e9:,.0f} GFLOP/s; {peak}"
+        if name == "memory" and recipe.compiler != "eager":
+            return f"{self.moved / 1e6:,.0f} MB before fusion"
         if name == "memory" and seconds:
-            return self._memory_note(self.moved / seconds)
+            rate = f"{self.moved / 1e6:,.0f} MB, {self.moved / seconds / 1e9:,.0f} GB/s"
+            return f"{rate}; a copy reaches {self.peak_copy / 1e9:,.0f}"
         return ""
-
-    def _memory_note(self, rate: float) -> str:
-        megabytes = f"{self.moved / 1e6:,.0f} MB"
-        if self.recipe.compiler != "eager":
-            return f"{megabytes} before fusion"
-        peak = f"a copy reaches {self.peak_copy / 1e9:,.0f}"
-        if rate < 0.5 * self.peak_copy:
-            peak += ", so memory bandwidth is not the limit"
-        return f"{megabytes}, {rate / 1e9:,.0f} GB/s; {peak}"
 
 
 def explain(
@@ -112,7 +101,7 @@ def explain(
             return None
         finished.append(slowest)
     arguments = (single_rank_recipe(recipe),)
-    profiles = list(launcher.stream(profile_rank, arguments, 1, stop, backend=None))
+    profiles = list(launcher.stream(profile_steps, arguments, 1, stop, backend=None))
     return _make_explanation(recipe, finished, *profiles[0]) if profiles else None
 
 

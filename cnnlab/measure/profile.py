@@ -30,11 +30,7 @@ RANGES = re.compile(  # at the start of the names of events that span other oper
 )
 
 
-def profile_rank(rank: int, world: int, recipe: Recipe) -> Iterator[tuple]:
-    yield profile_steps(recipe)
-
-
-def profile_steps(recipe: Recipe) -> tuple[dict[str, float], dict[str, Any]]:
+def profile_steps(rank: int, world: int, recipe: Recipe) -> Iterator[tuple[dict, dict]]:
     """Train under the profiler, in this process: (seconds per step by category, other figures).
 
     The categories are `arithmetic`, `memory` and `launch`, the time in which no operation ran; on a
@@ -56,12 +52,17 @@ def profile_steps(recipe: Recipe) -> tuple[dict[str, float], dict[str, Any]]:
     seconds, operations = time_by_category(profiler.events(), gpu, steps)
     seconds["launch"] = max(0.0, finished.compute_s - sum(seconds.values()))
     size, mib = (8192, 256) if gpu else (1024, 64)
-    return seconds, {
-        "operations": operations,
-        **count_flops_and_bytes(recipe),
-        "peak_flops": peaks.peak_flops(recipe.precision, recipe.device, recipe.threads, size)[0],
-        "peak_copy": peaks.copy_bandwidth(recipe.device, recipe.threads, mib)[0],
-    }
+    yield (
+        seconds,
+        {
+            "operations": operations,
+            **count_flops_and_bytes(recipe),
+            "peak_flops": peaks.peak_flops(recipe.precision, recipe.device, recipe.threads, size)[
+                0
+            ],
+            "peak_copy": peaks.copy_bandwidth(recipe.device, recipe.threads, mib)[0],
+        },
+    )
 
 
 def time_by_category(events: Iterable[Any], gpu: bool, steps: int) -> tuple[dict[str, float], int]:

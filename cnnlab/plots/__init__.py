@@ -1,5 +1,6 @@
 """Pure `draw(ax, data)` functions on empty axes, the same for live, recorded and tested runs."""
 
+from cnnlab.plots.memory import memory_bars
 from cnnlab.plots.pipeline import schedule_diagram
 from cnnlab.plots.prediction import prediction_curve
 from cnnlab.plots.runs import accuracy, loss, loss_curve, throughput
@@ -7,24 +8,3 @@ from cnnlab.plots.scaling import scaling_curve
 from cnnlab.plots.speed import ladder_bars, roofline, speedup_bars
 from cnnlab.plots.style import COLORS, PHASES, PREDICTED, RECORDED, REJECTED, machine_label
 from cnnlab.plots.timeline import rank_timeline, step_breakdown
-
-__all__ = [
-    "COLORS",
-    "PHASES",
-    "PREDICTED",
-    "RECORDED",
-    "REJECTED",
-    "accuracy",
-    "ladder_bars",
-    "loss",
-    "loss_curve",
-    "machine_label",
-    "prediction_curve",
-    "rank_timeline",
-    "roofline",
-    "scaling_curve",
-    "schedule_diagram",
-    "speedup_bars",
-    "step_breakdown",
-    "throughput",
-]

@@ -14,12 +14,10 @@ def speedup_bars(
     ax: Axes,
     measurements: Mapping[str, Measurement],
     prediction: float | None = None,
-    caveat: Mapping[str, Sequence] | None = None,
 ) -> None:
     """Draw the median images/s of each measurement with quartiles, and its speedup over the first.
 
-    `prediction` is the learner's, of the last speedup. `caveat` is what `compare.confounders`
-    returns; it becomes the title.
+    `prediction` is the learner's, of the last speedup.
     """
     baseline = next(iter(measurements.values()))
     for row, measurement in enumerate(measurements.values()):
@@ -42,9 +40,6 @@ def speedup_bars(
     ax.set(xlim=(0, right), xlabel="images/s (median, quartiles)")
     ax.set_yticks(range(len(measurements)), list(measurements))
     ax.invert_yaxis()
-    if caveat:
-        differences = ", ".join(f"{name} {values}" for name, values in caveat.items())
-        ax.set_title(f"not the same work: {differences}", color=COLORS[1], fontsize=9)
     hide_frame(ax)
 
 
@@ -89,19 +84,17 @@ def roofline(
     ax: Axes,
     peaks: Mapping[str, float],
     points: Mapping[str, tuple[float, float]] | None = None,
-    precision: str = "fp32",
 ) -> None:
     """Draw the roofline of Williams, Waterman and Patterson (2009): attainable FLOP/s.
 
     `peaks` is what `peaks.peaks` measures: FLOP/s of each precision, and bytes/s of "copy".
-    `points` is {name: (FLOP per byte, FLOP/s)}. The roof of `precision` is drawn bold.
+    `points` is {name: (FLOP per byte, FLOP/s)}.
     """
     intensity = np.logspace(-1, 4, 200)
     for number, name in enumerate(name for name in peaks if name != "copy"):
         roof = np.minimum(peaks["copy"] * intensity, peaks[name]) / 1e9
         label = f"{name} peak {peaks[name] / 1e9:,.0f} GFLOP/s"
-        width = 2.5 if name == precision else 1
-        ax.loglog(intensity, roof, color=COLORS[number], linewidth=width, label=label)
+        ax.loglog(intensity, roof, color=COLORS[number], linewidth=2, label=label)
     _draw_roofline_points(ax, points or {})
     ax.set(xlabel="arithmetic intensity (FLOP per byte moved)", ylabel="GFLOP/s")
     ax.set_title(f"memory bandwidth: {peaks['copy'] / 1e9:.0f} GB/s copied", fontsize=10)

@@ -53,9 +53,8 @@ def running_mean(values: Sequence[float] | np.ndarray, window: int = 10) -> np.n
     """Mean of each value and up to `window - 1` values before it."""
     if len(values) == 0:
         return np.zeros(0)
-    padded = np.concatenate([np.zeros(window - 1), values])
     # A cumulative sum would carry one infinite or NaN loss on to all later means.
-    sums = np.lib.stride_tricks.sliding_window_view(padded, window).sum(axis=1)
+    sums = np.convolve(values, np.ones(window))[: len(values)]
     return sums / np.minimum(np.arange(1, len(values) + 1), window)
 
 

@@ -4,13 +4,3 @@ from cnnlab.widgets.board import Panel, slider
 from cnnlab.widgets.panels import LadderPanel, ScalingPanel, TrainingPanel
 from cnnlab.widgets.picture import Picture
 from cnnlab.widgets.prediction import Prediction
-
-__all__ = [
-    "LadderPanel",
-    "Panel",
-    "Picture",
-    "Prediction",
-    "ScalingPanel",
-    "TrainingPanel",
-    "slider",
-]

@@ -63,10 +63,12 @@ def test_on_a_gpu_each_kernel_counts_once_and_on_a_cpu_each_call(gpu, expected):
 def test_profiling_starts_after_the_warmup_however_often_training_reports(monkeypatch, warmup):
     recipe = SMALL.replace(steps=warmup + 4, warmup_steps=warmup, evaluate=False)
     monkeypatch.setattr("cnnlab.training.meter.REPORT_EVERY", 0.0)  # after every step
-    often = profile.profile_steps(recipe)[1]["operations"]
+    [(_, often)] = profile.profile_steps(0, 1, recipe)
     monkeypatch.setattr("cnnlab.training.meter.REPORT_EVERY", 1e9)
-    rarely = profile.profile_steps(recipe)[1]["operations"]
-    assert 50 < often < 1.1 * rarely  # with one step more it would be 5/4
+    [(_, rarely)] = profile.profile_steps(0, 1, recipe)
+    assert (
+        50 < often["operations"] < 1.1 * rarely["operations"]
+    )  # with one step more it would be 5/4
 
 
 def test_bytes_grow_with_the_batch():
