@@ -185,7 +185,9 @@ class RankProcesses:
         while self.unfinished:
             if stop is not None and stop.is_set():
                 return
-            message = self._receive(0.2 if stop is None else 0.02)
+            message: Message | None = None
+            with suppress(queue.Empty):
+                message = self.inbox.get(timeout=0.2 if stop is None else 0.02)
             if message is None or message.kind in ("event", "print"):
                 if time.monotonic() > deadline:
                     error = f"it did not finish within {timeout:g} s"
@@ -209,21 +211,15 @@ class RankProcesses:
                     yield Failed(rank=cause.rank, error=cause.error, traceback=cause.traceback)
                     raise RankError(cause.rank, cause.error, cause.traceback)
 
-    def _receive(self, timeout: float) -> Message | None:
-        with suppress(queue.Empty):
-            return self.inbox.get(timeout=timeout)
-        return None
-
     def _unfinished_pids(self) -> dict[int, int]:
         return {rank: pid for rank, pid in list(self.pids.items()) if rank in self.unfinished}
 
     def _root_cause(self, first: Message) -> Message:
         """The failure that came before all others; `first` is the one that was received first."""
         messages = [first]
-        deadline = time.monotonic() + 0.3  # Failures of other ranks arrive within this time.
-        while (left := deadline - time.monotonic()) > 0:
-            if message := self._receive(left):
-                messages.append(message)
+        time.sleep(0.3)  # Failures of other ranks arrive within this time.
+        while not self.inbox.empty():
+            messages.append(self.inbox.get())
         for message in messages:
             if message.kind == "print":
                 self.say(message.content)

@@ -116,9 +116,6 @@ def train_under_torchrun(recipe: Recipe, checkpoints: str | None = None) -> Iter
     if local_rank == 0:
         datasets.download(recipe)
     dist.barrier(download_group)
-    if local_rank != 0:
-        datasets.download(recipe)  # Finds the files.
-    dist.barrier(download_group)
 
     events = []
     for event in train_rank(rank, world, recipe, checkpoints):
