@@ -52,9 +52,10 @@ def test_ranks_train_on_all_images_together_and_test_each_once(change):
 def evaluated_weights(rank, world, recipe):
     evaluate, sums = async_loop.evaluate, []
 
-    def evaluate_and_sum(network, *args):
-        figures = evaluate(network, *args)
-        sums.append(sum(float(parameter.double().sum()) for parameter in network.parameters()))
+    def evaluate_and_sum(state, *args):
+        figures = evaluate(state, *args)
+        parameters = state.network.parameters()
+        sums.append(sum(float(parameter.double().sum()) for parameter in parameters))
         return figures
 
     async_loop.evaluate = evaluate_and_sum

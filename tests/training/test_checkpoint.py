@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from helpers import interrupted_train, kill_myself
+from helpers import interrupted_train, kill_myself, train_float64
 
 from cnnlab import cli, plots, record
 from cnnlab.events import Checkpointed, Evaluated, Finished, Restarted, Started
@@ -186,6 +186,51 @@ def test_more_ranks_resume_what_one_rank_saved(tmp_path):
     list(run(CONSTANT.replace(steps=16), checkpoints=tmp_path))
     rest = run_losses(CONSTANT.replace(replicas=3), tmp_path)
     np.testing.assert_allclose(rest, whole[16:], atol=1e-3)
+
+
+SHARDED = {
+    "one process": {},
+    "ddp": {"replicas": 2},
+    "zero1": {"strategy": "zero1", "replicas": 4},
+    "fsdp": {"strategy": "fsdp", "replicas": 3},
+    "tensor": {"strategy": "tensor", "tensor_ranks": 2, "replicas": 2},
+    "pipeline": {"strategy": "pipeline", "stages": 3, "micro_batches": 2},
+}
+
+
+def float64_losses(recipe, checkpoints=None):
+    stream = launcher.stream(train_float64, (recipe, checkpoints), recipe.ranks)
+    return plots.loss_curve(list(stream))[1]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The losses of one process that is not interrupted."""
+    return float64_losses(CONSTANT.replace(steps=12))
+
+
+@pytest.mark.parametrize("saved", SHARDED)
+def test_any_strategy_and_number_of_ranks_resumes_what_another_saved(tmp_path, whole, saved):
+    """Parameters and optimizer state; equal up to rounding."""
+    recipe = CONSTANT.replace(steps=12)
+    names = list(SHARDED)
+    number = names.index(saved)
+    loaded = {"one process", names[number - 1], names[number - 2]}
+    float64_losses(recipe.replace(steps=8, **SHARDED[saved]), str(tmp_path / "saved"))
+    for name in sorted(loaded):
+        shutil.copytree(tmp_path / "saved", tmp_path / name)
+        rest = float64_losses(recipe.replace(**SHARDED[name]), str(tmp_path / name))
+        np.testing.assert_allclose(rest, whole[8:], rtol=1e-10, err_msg=f"{saved} -> {name}")
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+def test_a_killed_rank_with_shards_resumes_with_the_same_losses(tmp_path, kill_in_step, strategy):
+    recipe = COSINE.replace(replicas=2, strategy=strategy, optimizer="sgd", steps=20)
+    undisturbed = run_losses(recipe)
+    kill_in_step(11, victim=1)
+    events = list(run(recipe, checkpoints=tmp_path / "kept", max_restarts=1))
+    assert first_steps(events) == [0, 8]
+    np.testing.assert_allclose(plots.loss_curve(events)[1], undisturbed, atol=1e-6)
 
 
 @pytest.mark.parametrize("left, timed", [(1, 1), (2, 2), (3, 1)])
