@@ -32,7 +32,7 @@ RANK_ENVIRONMENT = {
 }
 # Passed on, because the fork server may have been started before the user set them.
 DATA_VARIABLES = ("CNNLAB_DATA", "CNNLAB_MIRROR")
-PRELOAD = ["torch", "torch._dynamo", "sklearn.datasets", "cnnlab.launch.worker"]
+PRELOAD = ["torch", "torch.distributed.pipelining", "sklearn.datasets", "cnnlab.launch.worker"]
 
 
 def prewarm() -> None:
