@@ -136,6 +136,8 @@ def _climb(recipe, rungs, repeats, options):
     for found in measure_interleaved({"baseline": below.recipe}, repeats, **options):
         below = replace(below, measurement=found["baseline"])
         yield below
+    below = replace(below, kept=True)
+    yield below
     for name, change in rungs.items():
         candidate = _apply_change(below.recipe, change)
         if candidate == below.recipe:
@@ -176,7 +178,7 @@ def ladder_result(rungs: Iterable[Rung], impossible: Mapping[str, str]) -> dict[
 def _baseline_rung(recipe: Recipe) -> Rung:
     empty = Measurement(name="baseline", recipe=baseline_recipe(recipe))
     one = Speedup(value=1.0, low=1.0, high=1.0, baseline="baseline")
-    return Rung(name="baseline", measurement=empty, over_baseline=one, over_below=one, kept=True)
+    return Rung(name="baseline", measurement=empty, over_baseline=one, over_below=one)
 
 
 def _apply_change(recipe: Recipe, change: Changes) -> Recipe:

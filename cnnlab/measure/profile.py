@@ -52,17 +52,10 @@ def profile_steps(rank: int, world: int, recipe: Recipe) -> Iterator[tuple[dict,
     seconds, operations = time_by_category(profiler.events(), gpu, steps)
     seconds["launch"] = max(0.0, finished.compute_s - sum(seconds.values()))
     size, mib = (8192, 256) if gpu else (1024, 64)
-    yield (
-        seconds,
-        {
-            "operations": operations,
-            **count_flops_and_bytes(recipe),
-            "peak_flops": peaks.peak_flops(recipe.precision, recipe.device, recipe.threads, size)[
-                0
-            ],
-            "peak_copy": peaks.copy_bandwidth(recipe.device, recipe.threads, mib)[0],
-        },
-    )
+    peak, _, _ = peaks.peak_flops(recipe.precision, recipe.device, recipe.threads, size)
+    copied, _, _ = peaks.copy_bandwidth(recipe.device, recipe.threads, mib)
+    figures = {"operations": operations, "peak_flops": peak, "peak_copy": copied}
+    yield seconds, figures | count_flops_and_bytes(recipe)
 
 
 def time_by_category(events: Iterable[Any], gpu: bool, steps: int) -> tuple[dict[str, float], int]:

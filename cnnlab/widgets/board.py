@@ -85,7 +85,6 @@ class Panel(widgets.VBox):
         self.draw = draw
         self.picture = picture
         self.compared: dict[str, Recipe] = {}  # what Why explains, by label
-        self.lock = threading.Lock()
         self.stop_event = threading.Event()  # of the newest run
         self.changed = threading.Event()  # since the last frame
         self.thread: threading.Thread | None = None  # of the newest run
@@ -144,12 +143,11 @@ class Panel(widgets.VBox):
             self.run()
 
     def _begin(self, work, take):
-        with self.lock:
-            self.stop_event.set()
-            self.stop_event = threading.Event()
-            args = (work, take, self.values, self.stop_event, self.thread)
-            self.thread = threading.Thread(target=self._supervise, args=args, daemon=True)
-            self.thread.start()
+        self.stop_event.set()
+        self.stop_event = threading.Event()
+        args = (work, take, self.values, self.stop_event, self.thread)
+        self.thread = threading.Thread(target=self._supervise, args=args, daemon=True)
+        self.thread.start()
 
     def _supervise(self, work, take, values, stop, previous):
         if previous:

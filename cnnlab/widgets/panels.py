@@ -10,7 +10,7 @@ from cnnlab import machine
 from cnnlab.events import Event
 from cnnlab.launch import launcher
 from cnnlab.measure.compare import Measurement, slowest_rank, speedup
-from cnnlab.measure.ladder import climb, ladder_result, techniques
+from cnnlab.measure.ladder import Rung, climb, ladder_result, techniques
 from cnnlab.measure.scaling import amdahl, fit_serial_fraction, gustafson
 from cnnlab.plots import accuracy, ladder_bars, loss, rank_timeline, scaling_curve, step_breakdown
 from cnnlab.recipe import Recipe
@@ -194,9 +194,9 @@ class ScalingPanel(Panel):
 class LadderPanel(Panel):
     """A panel that climbs the ladder: choose the rungs, press Run, and the bars grow.
 
-    `.rungs` is {name: rung as in JSON} of those measured so far, `.outcome` the whole ladder once
-    it is finished. `prediction()` returns the learner's best speedup or None; `recorded` is the
-    ladder of another machine.
+    `.rungs` is {name: Rung} so far, `.outcome` the whole ladder as in JSON once it is finished.
+    `prediction()` returns the learner's best speedup or None; `recorded` is the ladder of another
+    machine.
     """
 
     def __init__(
@@ -209,8 +209,7 @@ class LadderPanel(Panel):
         self.base = base
         self.prediction = prediction
         self.recorded = recorded
-        self.rungs: dict[str, dict[str, Any]] = {}
-        self.running: str | None = None
+        self.rungs: dict[str, Rung] = {}
         self.outcome: dict[str, Any] | None = None
         self.possible, self.impossible = techniques(machine.describe())
         options: Any = {"value": True, "indent": False, "layout": {"width": "190px"}}
@@ -227,24 +226,20 @@ class LadderPanel(Panel):
         self.rungs = {}
         self.outcome = None
         chosen = {name: change for name, change in self.possible.items() if values[name]}
-        climbed = {}
         for rung in climb(self.base, chosen, values["repeats"], stop):
-            climbed[rung.name] = rung
-            done = sum(climbed[name].kept is not None for name in chosen if name in climbed)
-            yield done / max(1, len(chosen)), rung
+            self.rungs[rung.name] = rung
+            done = sum(rung.kept is not None for rung in self.rungs.values())
+            yield done / (1 + len(chosen)), rung
         if not stop.is_set():
-            self.outcome = ladder_result(climbed.values(), self.impossible)
+            self.outcome = ladder_result(self.rungs.values(), self.impossible)
 
     def _take(self, event):
         fraction, rung = event
-        repeats = len(rung.measurement.images_per_s)
-        measuring = rung.kept is None
-        self.running = rung.name if measuring else None
-        if repeats and not rung.failed:
-            self.rungs[rung.name] = rung.to_dict()
-        state = f"run {repeats + 1}" if measuring else "done"
+        state = f"run {len(rung.measurement.images_per_s) + 1}" if rung.kept is None else "done"
         return fraction, f"{rung.name}: {state}"
 
     def _draw(self, axes):
         rungs = list(self.rungs.values())
-        ladder_bars(axes[0], rungs, self.prediction(), self.recorded, self.running)
+        measured = [r.to_dict() for r in rungs if r.measurement.images_per_s and not r.failed]
+        running = next((rung.name for rung in rungs if rung.kept is None), None)
+        ladder_bars(axes[0], measured, self.prediction(), self.recorded, running)

@@ -14,6 +14,7 @@ from cnnlab import machine, widgets
 from cnnlab.events import Finished
 from cnnlab.launch import launcher
 from cnnlab.measure import ladder
+from cnnlab.measure.compare import Measurement, Speedup
 from cnnlab.recipe import Recipe
 
 SHORT = Recipe(steps=12, batch_size=64, evaluate=False)
@@ -140,8 +141,12 @@ def test_no_text_of_a_ladder_is_cut_off():
     names = {
         name for gpus in (("A", "B"), ()) for name in ladder.techniques(replace(here, gpus=gpus))[0]
     }
-    figures = {"speedup": 1.0, "speedup_ci": [0.9, 3.0], "over_below_ci": [0.9, 3.0], "kept": False}
-    panel.rungs = {name: {"name": name, **figures} for name in names}
+    gain = Speedup(value=1.0, low=0.9, high=3.0, baseline="baseline")
+    for name in names:
+        found = Measurement(name=name, recipe=panel.base, images_per_s=(1.0,))
+        panel.rungs[name] = ladder.Rung(
+            name=name, measurement=found, over_baseline=gain, over_below=gain, kept=False
+        )
     panel.picture.png(panel.draw)
     figure, [ax] = panel.picture.figure, panel.picture.axes
     for text in (*ax.get_yticklabels(), *ax.get_xticklabels(), *ax.texts, ax.xaxis.label):
