@@ -635,8 +635,8 @@ TASKS["12.8"] = Task(
         "The first edge is layer 0. Which number must the last edge be?",
     ],
     mistakes={
-        last_stage_forgotten: "The last stage is the slowest, and the program does not see it: the "
-        "edges must end with the number of layers.",
+        last_stage_forgotten: "One stage is much slower than the program believes. Does `slowest` "
+        "see all stages?",
         equal_numbers_of_layers: "Equal numbers of layers do not take equal time. Add up seconds.",
         one_cut_too_many: "Three stages need two cuts: stages - 1.",
         fastest_instead_of_slowest: "This minimizes the fastest stage. All others wait for the "
