@@ -16,10 +16,9 @@ from cnnlab.recipe import CnnlabError, Recipe
 
 
 class Stage(nn.Sequential):
-    """Consecutive layers. (N, channels, size, size) -> the activations that the next stage needs.
+    """Consecutive layers: stage `number`, from 0, of `count`.
 
-    It is stage `number`, from 0, of `count`. `inputs` and `outputs` are meta tensors that show
-    what it takes and returns for one micro-batch.
+    `inputs` and `outputs` are meta tensors like what it takes and returns for one micro-batch.
     """
 
     def __init__(
@@ -56,8 +55,7 @@ def split_stages(
         )
     plan: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        images = _example_images(network, recipe, shape)
-        seconds, examples = _measure_units(units, images)
+        seconds, examples = _measure_units(units, _example_images(network, recipe, shape))
         plan = [balanced_cuts(seconds, count), examples]
     dist.broadcast_object_list(plan)  # to all replicas, because they average their gradients
     cuts, examples = plan
@@ -76,10 +74,10 @@ def split_stages(
 
 
 def list_units(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """The smallest parts between which to cut: a layer with parameters and those without after it.
+    """The parts between which to cut: a layer with parameters, and those without that follow it.
 
-    Each layer is given as (parent, name). Activations are small there, and no stage lacks
-    parameters to train.
+    Each layer is given as (parent, name). So every stage has parameters to train, and activations
+    are sent after pooling.
     """
     units: list[list[tuple[nn.Module, str]]] = []
     for parent, name in _list_layers(network):
@@ -107,7 +105,7 @@ def _example_images(network, recipe, shape):
 def _measure_units(units, activations):
     """Seconds of each unit for a micro-batch, forward and backward, and examples of activations.
 
-    One unit at a time: no more of the activations and gradients is in memory.
+    At any time, only the activations and gradients of one unit are in memory.
     """
     seconds, examples = [], [activations.to("meta")]
     for unit in units:

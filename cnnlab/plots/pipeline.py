@@ -1,5 +1,7 @@
 """The schedule of a pipeline, simulated, next to the idle time that was measured."""
 
+import numpy as np
+
 from cnnlab.events import Progress, Started
 from cnnlab.parallel.pipeline_schedule import (
     bubble_fraction,
@@ -28,44 +30,44 @@ def schedule_diagram(ax: Axes, runs: Runs) -> None:
     schedule, ranks, count = recipe.pipeline_schedule, recipe.stages, recipe.micro_batches
     latest = {event.rank: event.spans for event in events if isinstance(event, Progress)}
     measured = [latest.get(rank) for rank in range(ranks)]  # of the first replica
-    forward_s, backward_s = [1.0] * ranks, [2.0] * ranks
-    if all(measured):
-        forward_s = [_seconds_per_step(spans, "forward") / count for spans in measured]
-        backward_s = [_seconds_per_step(spans, "backward") / count for spans in measured]
-    held = stages_per_rank(schedule)
-    forward_s = [seconds / held for seconds in forward_s] * held
-    backward_s = [seconds / held for seconds in backward_s] * held
-    boxes = simulate_schedule(schedule, forward_s, backward_s, count)
-    _draw_boxes(ax, boxes, ranks, 1000 if all(measured) else 1)
+    times = {"forward": [1.0] * ranks, "backward": [2.0] * ranks}  # of a micro-batch, each rank
     title = f"bubble: formula {equal_stages_bubble(schedule, ranks, count):.0%}"
+    ax.set_xlabel("time, if all stages were equal")
+    if all(measured):
+        for phase in times:
+            times[phase] = [1000 * _seconds_per_step(spans, phase) / count for spans in measured]
+        ax.set_xlabel("milliseconds, simulated")
+    held = stages_per_rank(schedule)
+    forward, backward = ([time / held for time in own] * held for own in times.values())
+    boxes = simulate_schedule(schedule, forward, backward, count)
+    _draw_boxes(ax, boxes, ranks)
     if all(measured):
         title += f", simulated {bubble_fraction(boxes, ranks):.0%}"
         title += f", measured {_measured_bubble(measured):.0%}"
     ax.set_title(title, fontsize=8, loc="right", y=1.0)
-    ax.set_xlabel("milliseconds, simulated" if all(measured) else "time, if all stages were equal")
 
 
-def _draw_boxes(ax, boxes, ranks, scale):
-    right = round_up(scale * max(end for *_, end in boxes))
+def _draw_boxes(ax, boxes, ranks):
+    right = round_up(max(end for *_, end in boxes))
     pixel = right / ax.bbox.width
     ax.set(xlim=(0, right), ylim=(ranks - 0.3, -1.1))  # the first row leaves room for the legend
     for phase, color in BOX_COLORS.items():
-        own = [box for box in boxes if box[1] == phase]
+        stages, _, numbers, begins, ends = zip(*(b for b in boxes if b[1] == phase), strict=True)
+        widths = np.subtract(ends, begins)
         bars = ax.barh(
-            [stage % ranks for stage, *_ in own],
-            [scale * (end - begin) for *_, begin, end in own],
-            left=[scale * begin for *_, begin, _ in own],
-            height=[0.7 if stage < ranks else 0.45 for stage, *_ in own],
+            np.array(stages) % ranks,
+            widths,
+            left=begins,
+            height=np.where(np.array(stages) < ranks, 0.7, 0.45),
             color=PHASES[phase],
             edgecolor="white",
-            linewidth=[0.5 if scale * (end - begin) > 4 * pixel else 0 for *_, begin, end in own],
+            linewidth=np.where(widths > 4 * pixel, 0.5, 0),
             label=phase,
         )
-        for bar, (_, _, number, _, _) in zip(bars, own, strict=True):
+        for bar, number in zip(bars, numbers, strict=True):
             if bar.get_width() >= pixel * (4 + 7 * len(str(number))):
-                ax.text(
-                    *bar.get_center(), number, color=color, fontsize=7.5, ha="center", va="center"
-                )
+                x, y = bar.get_center()
+                ax.text(x, y, number, color=color, fontsize=7.5, ha="center", va="center")
     ax.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
     ax.spines[["top", "right"]].set_visible(False)
     legend_above_bars(ax, 2)
@@ -77,9 +79,9 @@ def _seconds_per_step(spans, phase):
 
 
 def _measured_bubble(ranks):
-    """The share of waiting for other ranks in their time without data loading and updates."""
-    waiting = sum(_seconds_per_step(spans, "exposed") for spans in ranks)
-    computing = sum(
-        _seconds_per_step(spans, phase) for spans in ranks for phase in ("forward", "backward")
+    """The share of waiting for other ranks in the time without loading and updates."""
+    waiting, forward, backward = (
+        sum(_seconds_per_step(spans, phase) for spans in ranks)
+        for phase in ("exposed", "forward", "backward")
     )
-    return waiting / (waiting + computing)
+    return waiting / (waiting + forward + backward)

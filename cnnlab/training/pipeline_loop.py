@@ -73,7 +73,6 @@ def _train_step(images, labels, state, schedule, meter):
     """Each rank passes on what its stages compute. All learn the loss from the last one."""
     group = state.mesh["model"].get_group()
     losses: list = []
-    last = meter.recipe.stages - 1
     totals = torch.zeros(2, dtype=torch.float64, device=images.device)
     meter.clock.mark("forward")  # copying and moving the images
     inputs = [images] if dist.get_rank(group) == 0 else []
@@ -81,7 +80,7 @@ def _train_step(images, labels, state, schedule, meter):
     if logits is not None:
         totals[0] = torch.stack(losses).mean()
         totals[1] = (logits.argmax(1) == labels).sum()
-    dist.broadcast(totals, group=group, group_src=last)
+    dist.broadcast(totals, group=group, group_src=meter.recipe.stages - 1)
     meter.clock.mark("exposed")
     meter.step_loss += totals[0]
     meter.correct += totals[1]
@@ -99,7 +98,7 @@ def make_schedule(
 
     The clock records when they compute; what is left of a step is exposed communication.
     """
-    from torch.distributed import pipelining  # here, because importing it takes 0.5 s
+    from torch.distributed import pipelining  # here, because it imports torch._dynamo
 
     def timed(phase: str, function: Callable) -> Callable:
         def call(*args, **options):
@@ -120,12 +119,9 @@ def make_schedule(
         stage.forward_one_chunk = timed("forward", stage.forward_one_chunk)
         stage.backward_one_chunk = timed("backward", stage.backward_one_chunk)
         stages.append(stage)
-    options: Any = {
-        "n_microbatches": recipe.micro_batches,
-        "loss_fn": timed("forward", F.cross_entropy),
-    }
+    count, loss = recipe.micro_batches, timed("forward", F.cross_entropy)
     if recipe.pipeline_schedule == "interleaved":
-        return pipelining.ScheduleInterleaved1F1B(stages, **options)
+        return pipelining.ScheduleInterleaved1F1B(stages, count, loss)
     if recipe.pipeline_schedule == "1f1b":
-        return pipelining.Schedule1F1B(stages[0], **options)
-    return pipelining.ScheduleGPipe(stages[0], **options)
+        return pipelining.Schedule1F1B(stages[0], count, loss)
+    return pipelining.ScheduleGPipe(stages[0], count, loss)
