@@ -9,6 +9,7 @@ import argparse
 import copy
 import gc
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from cnnlab import machine, record
 from cnnlab.data import datasets
 from cnnlab.measure import peaks
-from cnnlab.measure.memory import allocated_bytes, saved_tensor_bytes
+from cnnlab.measure.memory import saved_tensor_bytes
 from cnnlab.model import build
 from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training import techniques
@@ -280,6 +282,28 @@ def add_throughput(figures: Figures, images: int) -> Figures:
     if "failed" not in figures:
         figures["images_per_s"] = images / figures["median"]
     return figures
+
+
+def allocated_bytes(function: Callable[[], Any], device: str) -> tuple[int, int]:
+    """(bytes that the result of `function()` keeps allocated, peak during the call).
+
+    Both count from the memory allocated before. From torch's CUDA allocator, or the CPU profiler.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_allocated() - before, peak
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print into the notebook
+    with profile(profile_memory=True) as profiler:
+        result = function()
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    levels = np.cumsum([0, *(event.nbytes() for event in events)])
+    del result  # only now: the profile must not contain its release
+    return int(levels[-1]), int(levels.max())
 
 
 def to_mib(sizes: dict[str, int]) -> dict[str, float]:

@@ -23,6 +23,17 @@ def found(one_thread):
     return json.loads(json.dumps(dict(device.measure_all("cpu", quick=True)), allow_nan=False))
 
 
+def test_the_allocator_reports_what_remains_and_the_peak():
+    def work():
+        first = torch.zeros(1000)
+        second = first + 1
+        del first
+        return second
+
+    kept, peak = device.allocated_bytes(work, "cpu")
+    assert kept == 4000 and 8000 <= peak < 9000
+
+
 def test_functions_run_interleaved_and_the_first_call_is_separate():
     order = []
     functions = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}

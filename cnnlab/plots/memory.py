@@ -1,0 +1,63 @@
+"""Memory of training strategies: what each rank holds, next to the formulas and a limit."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cnnlab.plots.style import COLORS, PREDICTED, Axes, hide_frame, label_at, legend_above_bars
+
+PART_COLORS = {
+    "parameters": COLORS[0],
+    "gradients": COLORS[2],
+    "optimizer state": COLORS[4],
+    "activations": COLORS[5],
+}
+
+Sizes = Mapping[str, Mapping[str, float]]  # {name of a strategy or rank: {part: bytes}}
+
+
+def memory_bars(
+    ax: Axes, measured: Sizes, formula: Sizes | None = None, limit: float | None = None
+) -> None:
+    """Draw the bytes of each part of the memory as a stacked bar, the formula's below, hatched.
+
+    `limit`: bytes that a rank may use, drawn as a line.
+    """
+    formula = formula or {}
+    names = list(dict.fromkeys([*measured, *formula]))
+    totals = [sum(sizes.values()) for sizes in (*measured.values(), *formula.values())]
+    widest = max([1.0, limit or 0.0, *totals])
+    unit, name_of_unit = byte_unit(widest)
+    height = 0.36 if formula else 0.6
+    for number, bars in enumerate((measured, formula)):
+        for name, sizes in bars.items():
+            y = names.index(name) + (0.2 * (2 * number - 1) if formula else 0)
+            look = _look(is_formula=number == 1)
+            left = 0.0
+            for part, color in PART_COLORS.items():
+                width = sizes.get(part, 0) / unit
+                ax.barh(y, width, left=left, height=height, color=color, **look)
+                left += width
+            label_at(ax, f"{left:.3g}", left, y, offset=4)
+    for part, color in PART_COLORS.items():
+        ax.barh(0, 0, color=color, label=part)
+    if formula:
+        ax.barh(0, 0, color="white", label="formula", **{**_look(True), "edgecolor": "gray"})
+    if limit:
+        ax.axvline(limit / unit, color=PREDICTED, linestyle="--")
+        label_at(ax, "limit", limit / unit, -0.7, offset=4)
+    ax.set_yticks(range(len(names)), names)
+    lowest = max(len(names), 2) - 0.4
+    ax.set(xlim=(0, 1.2 * widest / unit), ylim=(lowest, -0.8 - 0.1 * lowest))
+    ax.set_xlabel(f"{name_of_unit} per rank")
+    hide_frame(ax)
+    legend_above_bars(ax, columns=3)
+
+
+def byte_unit(size: float) -> tuple[int, str]:
+    """The unit in which to write a number of bytes: (bytes in it, its name)."""
+    power = next((power for power in (3, 2, 1) if size >= 1024**power), 0)
+    return 1024**power, ("bytes", "KiB", "MiB", "GiB")[power]
+
+
+def _look(is_formula: bool) -> dict[str, Any]:
+    return {"hatch": "////", "alpha": 0.5, "edgecolor": "white"} if is_formula else {}
