@@ -2,8 +2,8 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.futures import Future
@@ -83,20 +83,8 @@ def simulate_network(link: SimulatedLink) -> None:
 
         threading.Thread(target=deliver, daemon=True).start()
         if async_op:
-            return DelayedWork(delayed)
+            # The part of `dist.Work` that DDP uses.
+            return SimpleNamespace(wait=delayed.wait, get_future=lambda: delayed)
         delayed.wait()
 
     dist.all_reduce = all_reduce
-
-
-class DelayedWork:
-    """The handle of an asynchronous all-reduce, with the part of `dist.Work` that DDP uses."""
-
-    def __init__(self, future: Future) -> None:
-        self.future = future
-
-    def get_future(self) -> Future:
-        return self.future
-
-    def wait(self) -> list[torch.Tensor]:
-        return self.future.wait()
