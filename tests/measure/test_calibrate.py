@@ -24,6 +24,12 @@ def test_times_that_fall_with_the_size_give_an_allowed_link():
     assert latency_s > 0 and 0 < bytes_per_s < 1e20
 
 
+def test_no_latency_is_below_zero():
+    sizes = np.array(calibrate.SWEEP_BYTES)
+    latency_s, bytes_per_s = calibrate.fit_link(1e-9 * sizes - 1e-5, 2)
+    assert latency_s == 0 and bytes_per_s == pytest.approx(1e9)
+
+
 @pytest.fixture
 def two_cores(monkeypatch):
     """Two cores that slow each other to 90%, and links of 1 ms and 1 GB/s."""

@@ -244,6 +244,7 @@ def test_a_tree_by_hand():
     # 4 devices in a node: 2 levels, up and down; 4 nodes: 2 levels.
     assert seconds("tree", 4, 1e6) == pytest.approx(4 * 1e-6 + 1.5 * 1e6 / 100e9)
     assert seconds("tree", 16, 1e6) == pytest.approx(4e-6 + 4 * 5e-6 + 2 * 15 / 16 * 1e6 / 10e9)
+    assert seconds("tree", 20, 0) == pytest.approx(4e-6 + 6 * 5e-6)  # 5 nodes: 3 levels
 
 
 def test_a_hierarchical_all_reduce_by_hand():
@@ -294,6 +295,17 @@ def test_replicas_of_a_pipeline_reduce_their_gradients_over_all_links_of_their_s
     # Nodes of 1: a replica sends through the networks of 2 nodes.
     spec["node"] = {**node, "devices": 1}
     assert column("exposed_communication_s", spec) == pytest.approx([0, 0.05, 0.075])
+    # Inside a node, each of the 2 stages sends its half of 100 MB through its own 1 GB/s.
+    spec["node"] = {**node, "bandwidth_gbps": 8}
+    assert column("exposed_communication_s", {**spec, "devices": [4]}) == pytest.approx([0.05])
+
+
+def test_the_gradients_of_a_pipeline_overlap_with_the_backward_pass_of_one_stage():
+    # Stages of 0.5 s, of which 1/3 s are backward; 100 MB at 0.2 GB/s take 0.5 s.
+    spec = {**SPEC, "stages": [1, 1], "devices": [4], "overlap": True, "bucket_mb": 1e-3}
+    spec["network"] = {"bandwidth_gbps": 0.8, "latency_us": 0, "efficiency": 1}
+    # Nodes of 1, and so two networks for each replica: 0.5 s instead of 1 s.
+    assert column("exposed_communication_s", spec) == pytest.approx([0.5 - 1 / 3], rel=1e-3)
 
 
 def test_a_step_waits_for_data_that_workers_do_not_load_meanwhile():
