@@ -1,4 +1,4 @@
-"""The solutions of lesson 12 against plain PyTorch in one process and published figures."""
+"""The solutions of lesson 12 against plain PyTorch in one process, the paper, and the package."""
 
 import itertools
 import runpy
@@ -6,7 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from cnnlab import Recipe, data, ranks, run
+from cnnlab.measure.memory import state_formula
+from cnnlab.model import SmallCNN
+from cnnlab.parallel.pipeline_schedule import (
+    action_order,
+    bubble_fraction,
+    equal_stages_bubble,
+    simulate_schedule,
+)
+from cnnlab.plots import loss_curve
 
 FILE = Path(__file__).parents[2] / "notebooks" / "solutions" / "12_model_parallel.py"
 TASKS = runpy.run_path(str(FILE))["TASKS"]
@@ -114,3 +127,51 @@ def test_under_1f1b_no_stage_blocks_and_stage_s_keeps_at_most_stages_minus_s(sta
                 kept[stage] += 1 if entry[0].startswith("F") else -1
             assert kept[stage] <= stages - stage
     assert [len(entries) for entries in done] == [2 * micro_batches] * stages
+
+
+# The functions that the learner writes, against those of the package.
+
+
+def test_the_pipeline_gives_the_losses_of_the_packaged_one():
+    step = TASKS["12.1"].reference
+
+    def train():
+        torch.manual_seed(0)
+        network = SmallCNN(channels=1)
+        stages = [network.stage1, torch.nn.Sequential(network.stage2, network.classifier)]
+        stage = stages[dist.get_rank()]
+        optimizer = torch.optim.Adam(stage.parameters(), lr=0.003)
+        order, losses = torch.Generator().manual_seed(0), []
+        loader = DataLoader(data.digits().train, 64, shuffle=True, generator=order)
+        for images, labels in itertools.islice(loader, 5):
+            losses.append(step(stage, images, labels, (64, 16, 16, 16)))
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    recipe = Recipe(strategy="pipeline", stages=2, steps=5, threads=1, evaluate=False)
+    _, packaged = loss_curve(list(run(recipe)))
+    assert ranks(train, 2)[1] == pytest.approx(packaged.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("stages, micro_batches", [(2, 4), (3, 5), (4, 8)])
+def test_schedules_are_those_of_the_package(stages, micro_batches):
+    table = TASKS["12.7"].reference(stages, micro_batches)
+    spans = simulate_schedule("gpipe", [1.0] * stages, [1.0] * stages, micro_batches)
+    busy = [[] for _ in range(stages)]
+    for stage, phase, batch, begin, end in spans:
+        assert table[stage][int(begin)] == f"{phase[0].upper()}{batch}"
+        busy[stage].append((begin, end))
+    bubble = TASKS["12.6"].reference(busy)
+    assert bubble == pytest.approx(bubble_fraction(spans, stages))
+    assert bubble == pytest.approx(equal_stages_bubble("gpipe", stages, micro_batches))
+    for stage in range(stages):
+        actions = action_order("1f1b", stages, micro_batches, stage)
+        order = TASKS["12.11"].reference(stage, stages, micro_batches)
+        assert order == [f"{phase[0].upper()}{batch}" for _, phase, batch in actions]
+
+
+@pytest.mark.parametrize("stage, strategy", [(0, "ddp"), (1, "zero1"), (3, "fsdp")])
+def test_memory_is_that_of_the_package(stage, strategy):
+    packaged = state_formula(1000, 4, strategy, (2, 2, 12))
+    assert TASKS["12.5"].reference(1000, 4, stage) == pytest.approx(packaged)

@@ -12,8 +12,15 @@ from cnnlab.events import Evaluated
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
+# Lessons with tasks, whose key functions the learner writes, and the other ones.
+TASK_LESSONS = [path for path in LESSONS if (NOTEBOOKS / "solutions" / f"{path.stem}.py").exists()]
+EXERCISE_LESSONS = [path for path in LESSONS[1:] if path not in TASK_LESSONS]
 SECTIONS = ["Predict", "By hand", "Measure", "Packaged", "Why", "Exercise"]
-MAX_BY_HAND_LINES = 15
+TASK_SECTIONS = ["Predict", "Build", "Measure", "Packaged", "Why", "Exercises"]
+MAX_CELLS = 50
+MAX_LINES = 15
+MAX_COLUMNS = 100
+MIN_TASKS = 6
 
 
 def cells(path, kind):
@@ -48,9 +55,59 @@ def count_lines(source):
 
 @pytest.mark.parametrize("path", LESSONS[1:], ids=notebook_id)
 def test_a_lesson_has_the_six_sections_in_order(path):
+    sections = TASK_SECTIONS if path in TASK_LESSONS else SECTIONS
     headings = re.findall(r"^## (.*)", text(path, "markdown"), re.M)
-    found = [section for heading in headings for section in SECTIONS if heading.startswith(section)]
-    assert found == SECTIONS
+    found = [section for heading in headings for section in sections if heading.startswith(section)]
+    assert found == sections
+
+
+@pytest.mark.parametrize("path", TASK_LESSONS, ids=notebook_id)
+def test_a_lesson_with_tasks_has_few_and_short_cells(path):
+    code = [cell.source.splitlines() for cell in cells(path, "code")]
+    assert len(code) + len(cells(path, "markdown")) <= MAX_CELLS
+    for lines in code:
+        assert len([line for line in lines if line.strip()]) <= MAX_LINES, lines[0]
+        assert max(map(len, lines)) <= MAX_COLUMNS, lines[0]
+
+
+@pytest.mark.parametrize("path", TASK_LESSONS, ids=notebook_id)
+def test_a_lesson_with_tasks_says_at_the_start_what_it_brings_and_what_it_needs(path):
+    start = cells(path, "markdown")[0].source
+    assert len(re.findall(r"^- ", start, re.M)) == 3
+    for word in ("Time", "You need", "Hardware"):
+        assert f"**{word}" in start
+
+
+@pytest.mark.parametrize("path", TASK_LESSONS, ids=notebook_id)
+def test_each_stub_is_checked_in_its_cell_and_its_task_is_announced(path):
+    tasks = []
+    for cell in cells(path, "code"):
+        checked = re.findall(r'(\w+) = check\.build\("([\d.]+)", \1\)', cell.source)
+        stubs = re.findall(r"^def (\w+).*\n(?:^ .*\n|\n)*^    \.\.\.", cell.source, re.M)
+        assert set(stubs) <= {name for name, _ in checked}
+        tasks += [task_id for _, task_id in checked]
+    announced = re.findall(r"\*\*Task (\d+\.\d+)", text(path, "markdown"))
+    assert announced == tasks
+    assert len(tasks) >= MIN_TASKS
+
+
+@pytest.mark.parametrize("path", TASK_LESSONS, ids=notebook_id)
+def test_a_lesson_with_tasks_has_pictures_with_a_description(path):
+    pictures = re.findall(r"!\[(.*?)\]\((.+?)\)", text(path, "markdown"))
+    assert pictures
+    for description, file in pictures:
+        assert len(description) > 50 and (NOTEBOOKS / file).exists()
+
+
+@pytest.mark.parametrize("path", TASK_LESSONS, ids=notebook_id)
+def test_a_lesson_with_tasks_ends_with_a_picture_and_links_to_its_neighbors(path):
+    assert "plt.show()" in cells(path, "code")[-1].source
+    names = [lesson.name for lesson in LESSONS]
+    number = names.index(path.name)
+    last = nbformat.read(path, as_version=4).cells[-1].source
+    for label, neighbor in (("Before", number - 1), ("Next", number + 1)):
+        if neighbor in range(len(names)):
+            assert re.search(rf"\*\*{label}:\*\* \[[^\]]+\]\({names[neighbor]}\)", last)
 
 
 @pytest.mark.parametrize("path", LESSONS + SOLUTIONS, ids=notebook_id)
@@ -63,15 +120,15 @@ def test_notebooks_use_no_star_imports_and_no_magics(path):
     assert not re.search(r"import \*|^%|^!", text(path, "code"), re.M)
 
 
-@pytest.mark.parametrize("path", LESSONS[1:], ids=notebook_id)
+@pytest.mark.parametrize("path", EXERCISE_LESSONS, ids=notebook_id)
 def test_by_hand_cells_are_short(path):
     plotting = re.compile(r"\bax(es)?\b")  # plots may take more lines
     sources = [source for source in by_hand_cells(path) if not plotting.search(source)]
     assert sources
-    assert not [source for source in sources if count_lines(source) > MAX_BY_HAND_LINES]
+    assert not [source for source in sources if count_lines(source) > MAX_LINES]
 
 
-@pytest.mark.parametrize("path", LESSONS[1:], ids=notebook_id)
+@pytest.mark.parametrize("path", EXERCISE_LESSONS, ids=notebook_id)
 def test_a_lesson_has_two_to_four_exercises_and_all_are_solved(path):
     number = path.stem[:2]
     exercises = set(re.findall(rf'"({number}\.\d)"', text(path, "code")))
