@@ -1,6 +1,7 @@
 """Sharded data parallelism: ZeRO-1 by hand, and FSDP2."""
 
 import copy
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -63,17 +68,34 @@ def gather_rows(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> Non
             part.copy_(new.view_as(part))
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def shard_model(model: nn.Module, mesh: DeviceMesh, clock: Any) -> nn.Module:
     """ZeRO-3 by PyTorch: `fully_shard` each stage, then the whole model.
 
     A rank keeps its rows of all parameters, gradients and optimizer state. Before a stage runs,
-    forward and backward, an all-gather fetches the rest.
+    forward and backward, an all-gather fetches the other rows. After backward, a reduce-scatter
+    averages the gradients.
     """
     for part in (*model.children(), model):
         sharded = fully_shard(part, mesh=mesh)
         if mesh.device_type == "cpu":
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no average
+            all_gather: Any = TimedCollective(DefaultAllGather(), clock)
+            sharded.set_custom_all_gather(all_gather)
+            reduce_scatter: Any = TimedCollective(DefaultReduceScatter(), clock)
+            sharded.set_custom_reduce_scatter(reduce_scatter)
     return model
+
+
+class TimedCollective:
+    """A collective of FSDP, which blocks on the CPU, with its time recorded by the clock."""
+
+    def __init__(self, collective: Any, clock: Any) -> None:
+        self.collective = collective
+        self.allocate = collective.allocate
+        self.clock = clock
+
+    def __call__(self, **arguments: Any) -> None:
+        self.clock.timed_communication(partial(self.collective, **arguments))
 
 
 def _rows(tensor: Tensor, rank: int, world: int) -> Tensor:

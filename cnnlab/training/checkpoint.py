@@ -153,6 +153,7 @@ def _load(path: Path, recipe: Recipe, state: TrainState) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(values, checkpoint_id=path)
+        # The run that saved this may have had other parts of the model, and no DTensors.
         [group] = values["optimizer"]["param_groups"]
         group["params"] = [name for name, _ in state.updated.named_parameters()]
         group["foreach"] = state.optimizer.defaults["foreach"]

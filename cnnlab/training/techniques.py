@@ -21,6 +21,9 @@ from cnnlab.training.clock import Clock
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+# In the errors of torch, Python, C++ and oneDNN.
+OUT_OF_MEMORY = ("allocate memory", "memoryerror", "of memory", "bad_alloc", "not create", "thread")
+
 
 def prepare(
     model: nn.Module,
@@ -51,7 +54,7 @@ def prepare(
     if recipe.recompute:
         model = recompute_activations(model)
     if recipe.strategy == "fsdp":
-        model = sharding.shard_model(model, mesh["data"])
+        model = sharding.shard_model(model, mesh["data"], clock)
     if recipe.strategy in ("ddp", "zero1") or (recipe.strategy is None and world > 1):
         model = data_parallel.wrap_ddp(model, recipe, device, clock)
     if recipe.compiler != "eager":
@@ -86,8 +89,8 @@ def limit_memory(recipe: Recipe) -> None:
 
 def memory_limit_error(recipe: Recipe, error: BaseException) -> CnnlabError | None:
     """What to change if `error` says that the recipe's memory limit was exceeded, else None."""
-    texts = ("memory", "bad_alloc", "primitive")  # in the errors of torch, C++ and oneDNN
-    if recipe.memory_limit_mib is None or not any(text in repr(error).lower() for text in texts):
+    out_of_memory = any(text in repr(error).lower() for text in OUT_OF_MEMORY)
+    if recipe.memory_limit_mib is None or not out_of_memory:
         return None
     return CnnlabError(
         f"training needs more than memory_limit_mib={recipe.memory_limit_mib} on a rank. Raise it, "

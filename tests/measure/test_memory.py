@@ -156,7 +156,7 @@ def large_fsdp_shard(rank, world, recipe):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=recipe.replicas)
     mesh = make_mesh(recipe, torch.device("cpu"))["data"]
     with FakeTensorMode():
-        network = shard_model(build(recipe, (3, 32, 10)), mesh)
+        network = shard_model(build(recipe, (3, 32, 10)), mesh, None)
         yield sum(local_tensor(parameter).numel() for parameter in network.parameters())
 
 

@@ -131,11 +131,18 @@ def test_ranks_gather_the_rows_of_all(world):
     assert ranks(gather, world) == [[True] * len(shapes)] * world
 
 
-def test_zero1_updates_with_one_all_gather():
-    recipe = SMALL.replace(replicas=2, strategy="zero1", evaluate=False)
+@pytest.mark.parametrize(
+    "strategy, collectives",
+    [
+        ("zero1", 2),  # an all-reduce of DDP's bucket, and an all-gather
+        ("fsdp", 9),  # two all-gathers and a reduce-scatter for each of three stages
+    ],
+)
+def test_communication_is_recorded(strategy, collectives):
+    recipe = SMALL.replace(replicas=2, strategy=strategy, evaluate=False)
     progress = [event for event in run(recipe) if isinstance(event, Progress)]
     phases = [phase for phase, _, _ in progress[-1].spans]
-    assert phases.count("communication") == 2 * phases.count("forward")  # and one of DDP's buckets
+    assert phases.count("communication") == collectives * phases.count("waiting")
 
 
 @pytest.mark.parametrize("world", [2, 3])
