@@ -1,6 +1,6 @@
 """The schedule of a pipeline, simulated, next to the idle time that was measured."""
 
-import numpy as np
+from collections import defaultdict
 
 from cnnlab.events import Progress, Started
 from cnnlab.parallel.pipeline_schedule import (
@@ -11,7 +11,7 @@ from cnnlab.parallel.pipeline_schedule import (
 )
 from cnnlab.plots.style import PHASES, Axes, Runs, legend_above_bars, round_up
 
-BOX_COLORS = {"forward": "black", "backward": "white"}  # of the numbers
+TEXT_COLORS = {"forward": "black", "backward": "white"}
 
 
 def schedule_diagram(ax: Axes, runs: Runs) -> None:
@@ -51,23 +51,18 @@ def _draw_boxes(ax, boxes, ranks):
     right = round_up(max(end for *_, end in boxes))
     pixel = right / ax.bbox.width
     ax.set(xlim=(0, right), ylim=(ranks - 0.3, -1.1))  # the first row leaves room for the legend
-    for phase, color in BOX_COLORS.items():
-        stages, _, numbers, begins, ends = zip(*(b for b in boxes if b[1] == phase), strict=True)
-        widths = np.subtract(ends, begins)
-        bars = ax.barh(
-            np.array(stages) % ranks,
-            widths,
-            left=begins,
-            height=np.where(np.array(stages) < ranks, 0.7, 0.45),
-            color=PHASES[phase],
-            edgecolor="white",
-            linewidth=np.where(widths > 4 * pixel, 0.5, 0),
-            label=phase,
-        )
-        for bar, number in zip(bars, numbers, strict=True):
-            if bar.get_width() >= pixel * (4 + 7 * len(str(number))):
-                x, y = bar.get_center()
-                ax.text(x, y, number, color=color, fontsize=7.5, ha="center", va="center")
+    own = defaultdict(list)
+    for stage, phase, number, begin, end in boxes:
+        own[stage, phase].append((begin, end - begin))
+        if end - begin >= pixel * (4 + 7 * len(str(number))):
+            center, color = (begin + end) / 2, TEXT_COLORS[phase]
+            ax.text(center, stage % ranks, number, size=7.5, color=color, ha="center", va="center")
+    for (stage, phase), bars in own.items():
+        height = 0.7 if stage < ranks else 0.45
+        width = 0.5 if bars[0][1] > 4 * pixel else 0  # of the edge, which would hide short boxes
+        style = {"facecolor": PHASES[phase], "edgecolor": "white", "linewidth": width}
+        label = phase if stage == 0 else "_"
+        ax.broken_barh(bars, (stage % ranks - height / 2, height), label=label, **style)
     ax.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
     ax.spines[["top", "right"]].set_visible(False)
     legend_above_bars(ax, 2)

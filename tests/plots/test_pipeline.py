@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 from helpers import render, texts
+from matplotlib.colors import to_rgba
 
 from cnnlab import plots
 from cnnlab.events import Progress, Started
@@ -64,11 +65,14 @@ def two_steps(rank):
 
 def bars(ax):
     """(phase, row, begin, end) of each box."""
-    return [
-        (bars.get_label(), round(bar.get_center()[1]), bar.get_x(), bar.get_x() + bar.get_width())
-        for bars in ax.containers
-        for bar in bars
-    ]
+    phases = {to_rgba(plots.PHASES[phase]): phase for phase in SECONDS}
+    found = []
+    for row in ax.collections:
+        phase = phases[tuple(row.get_facecolor()[0])]
+        for path in row.get_paths():
+            (left, bottom), (right, top) = path.vertices.min(0), path.vertices.max(0)
+            found.append((phase, round((bottom + top) / 2), left, right))
+    return found
 
 
 def events_of(recipe):
@@ -126,4 +130,4 @@ def test_before_the_first_steps_and_on_a_gpu_stages_are_equal(ax, change):
 def test_without_a_pipeline_there_is_nothing_to_draw(ax, runs):
     plots.schedule_diagram(ax, runs)
     render(ax)
-    assert not ax.containers
+    assert not ax.collections
