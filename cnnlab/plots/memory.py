@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cnnlab.plots.style import COLORS, PREDICTED, Axes, hide_frame, label_at, legend_above_bars
+from cnnlab.plots.style import (
+    COLORS,
+    PHASES,
+    PREDICTED,
+    Axes,
+    hide_frame,
+    label_at,
+    legend_above_bars,
+)
 
 PART_COLORS = {
     "parameters": COLORS[0],
@@ -51,6 +59,19 @@ def memory_bars(
     ax.set_xlabel(f"{name_of_unit} per rank")
     hide_frame(ax)
     legend_above_bars(ax, columns=3)
+
+
+def traffic_bars(ax: Axes, sent: Mapping[str, float]) -> None:
+    """Draw the bytes that a rank sends in a training step, by strategy."""
+    widest = max([1.0, *sent.values()])
+    unit, name_of_unit = byte_unit(widest)
+    for row, size in enumerate(sent.values()):
+        ax.barh(row, size / unit, height=0.6, color=PHASES["communication"])
+        label_at(ax, f"{size / unit:.3g}", size / unit, row, offset=4)
+    ax.set_yticks(range(len(sent)), list(sent))
+    ax.set(xlim=(0, 1.2 * widest / unit), xlabel=f"{name_of_unit} sent per rank and step")
+    ax.invert_yaxis()
+    hide_frame(ax)
 
 
 def byte_unit(size: float) -> tuple[int, str]:
