@@ -89,7 +89,9 @@ def train_rank(rank: int, world: int, recipe: Recipe, checkpoints: str | None) -
         else:
             yield from train(recipe, rank, world, checkpoints)
     except (RuntimeError, MemoryError) as error:
-        raise techniques.memory_limit_error(recipe, error) or error from None
+        if exceeded := techniques.memory_limit_error(recipe, error):
+            raise exceeded from error
+        raise
 
 
 def train_under_torchrun(recipe: Recipe, checkpoints: str | None = None) -> Iterator[Event]:

@@ -79,44 +79,44 @@ def memory_formula(recipe: Recipe, rank: int = 0) -> dict[str, float]:
     The activations are what autograd saves, by the layers' shapes. This is an estimate: kernels and
     collectives need buffers in addition. A pipeline is cut by FLOPs here, by times when it runs.
     """
-    pieces = trace_pieces(recipe)
-    mine = pieces[rank % recipe.stages :: recipe.stages]
-    parameters = [parameter for piece in mine for parameter in piece.parameters]
+    stages = trace_stages(recipe)
+    mine = stages[rank % recipe.stages :: recipe.stages]
+    parameters = [parameter for stage in mine for parameter in stage.parameters]
     total, ranks = sum(p.numel() for p in parameters), float(recipe.tensor_ranks)
     if recipe.strategy in ("zero1", "fsdp"):  # which do not divide rows
         ranks = total / sum(ceil(len(p) / recipe.replicas) * p[0].numel() for p in parameters)
     moments = 2 if recipe.optimizer == "adam" else 1
     state = state_formula(total, ranks, recipe.strategy, (4, 4, 4 * moments))
-    activations: float = sum(piece.inputs if recipe.recompute else piece.saved for piece in pieces)
+    activations: float = sum(stage.inputs if recipe.recompute else stage.saved for stage in stages)
     if recipe.strategy == "tensor":
-        gathered = sum(piece.gathered for piece in pieces)
+        gathered = sum(stage.gathered for stage in stages)
         activations = gathered + (activations - gathered) / recipe.tensor_ranks
     if recipe.strategy == "pipeline":
-        activations = _pipeline_activations(recipe, rank % recipe.stages, pieces)
+        activations = _pipeline_activations(recipe, rank % recipe.stages, stages)
     if recipe.recompute:
-        activations += max(piece.saved - piece.inputs for piece in mine)
+        activations += max(stage.saved - stage.inputs for stage in mine)
     return {**state, "activations": activations}
 
 
-def _pipeline_activations(recipe, rank, pieces):
+def _pipeline_activations(recipe, rank, stages):
     """Bytes of the micro-batches that wait for their backward pass, at their peak.
 
     `torch.distributed.pipelining` receives each activation and gradient of a step into a buffer of
     its own, and keeps the outputs of a stage. All ranks load the images.
     """
-    between = [0, *(piece.inputs for piece in pieces[1:]), 0]
+    between = [0, *(stage.inputs for stage in stages[1:]), 0]
     waiting = peak = 0
     order = action_order(recipe.pipeline_schedule, recipe.stages, recipe.micro_batches, rank)
     for stage, phase, _ in order:
-        inner = 0 if recipe.recompute else pieces[stage].saved - pieces[stage].inputs
+        inner = 0 if recipe.recompute else stages[stage].saved - stages[stage].inputs
         waiting += (inner + between[stage + 1]) * (1 if phase == "forward" else -1)
         peak = max(peak, waiting)
     received = sum(sum(pair) for pair in list(pairwise(between))[rank :: recipe.stages])
-    return peak + recipe.micro_batches * (received + pieces[0].inputs)
+    return peak + recipe.micro_batches * (received + stages[0].inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TracedStage:
     """Consecutive layers, and bytes of one micro-batch in them."""
 
     parameters: list[nn.Parameter]
@@ -126,29 +126,30 @@ class Piece:
     flops: int  # of the forward pass
 
 
-def trace_pieces(recipe: Recipe) -> list[Piece]:
+def trace_stages(recipe: Recipe) -> list[TracedStage]:
     """Run the forward pass without computing: the stages of the pipeline, or else of the model."""
     channels, size, classes = datasets.load(recipe).shape
     count = recipe.batch_size // recipe.replicas // recipe.accumulate // recipe.micro_batches
     dtype = AUTOCAST_DTYPES.get(recipe.precision)
-    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    with torch.random.fork_rng([]), FakeTensorMode(), autocast:
         network = build(recipe, (channels, size, classes))
         images = torch.empty(count, channels, size, size)
         if recipe.strategy != "pipeline":
             return _trace(network.children(), images)
         units = [[getattr(*layer) for layer in unit] for unit in list_units(network)]
-        flops = [piece.flops for piece in _trace([nn.Sequential(*unit) for unit in units], images)]
+        flops = [unit.flops for unit in _trace([nn.Sequential(*unit) for unit in units], images)]
         cuts = balanced_cuts(flops, recipe.stages * stages_per_rank(recipe.pipeline_schedule))
-        stages = [nn.Sequential(*chain(*units[first:last])) for first, last in pairwise(cuts)]
-        return _trace(stages, images)
+        parts = [nn.Sequential(*chain(*units[first:last])) for first, last in pairwise(cuts)]
+        return _trace(parts, images)
 
 
 def _trace(modules, images):
-    pieces = []
+    stages = []
     for module in modules:
-        piece, images = _trace_module(module, images)
-        pieces.append(piece)
-    return pieces
+        stage, images = _trace_module(module, images)
+        stages.append(stage)
+    return stages
 
 
 def _trace_module(module, images):
@@ -163,14 +164,14 @@ def _trace_module(module, images):
 
     with register_module_forward_pre_hook(record), FlopCounterMode(display=False) as counter:
         saved = saved_tensor_bytes(forward, tensors)
-    piece = Piece(
+    traced = TracedStage(
         parameters=list(module.parameters()),
         inputs=images.nbytes,
         gathered=sum(gathered),
         saved=images.nbytes + saved,
         flops=counter.get_total_flops(),
     )
-    return piece, tensors[-1].detach().requires_grad_()
+    return traced, tensors[-1].detach().requires_grad_()
 
 
 def measure_memory(
