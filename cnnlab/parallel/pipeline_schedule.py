@@ -22,7 +22,8 @@ def action_order(schedule: str, ranks: int, micro_batches: int, rank: int) -> li
     forward, backward = [], []
     for step in range(held * micro_batches):
         # Interleaved: as many micro-batches as ranks pass a stage, then the rank's next stage.
-        turn, micro_batch = step // ranks % held, step // (ranks * held) * ranks + step % ranks
+        turn = step // ranks % held
+        micro_batch = step // (ranks * held) * ranks + step % ranks
         forward.append((turn * ranks + rank, "forward", micro_batch))
         backward.append(((held - 1 - turn) * ranks + rank, "backward", micro_batch))
     if schedule == "gpipe":

@@ -119,7 +119,8 @@ def make_schedule(
         stage.forward_one_chunk = timed("forward", stage.forward_one_chunk)
         stage.backward_one_chunk = timed("backward", stage.backward_one_chunk)
         stages.append(stage)
-    count, loss = recipe.micro_batches, timed("forward", F.cross_entropy)
+    count = recipe.micro_batches
+    loss = timed("forward", F.cross_entropy)
     if recipe.pipeline_schedule == "interleaved":
         return pipelining.ScheduleInterleaved1F1B(stages, count, loss)
     if recipe.pipeline_schedule == "1f1b":
