@@ -215,7 +215,7 @@ def test_any_strategy_and_number_of_ranks_resumes_what_another_saved(tmp_path, w
     recipe = CONSTANT.replace(steps=12)
     names = list(SHARDED)
     number = names.index(saved)
-    loaded = {"one process", names[number - 1], names[number - 2]}
+    loaded = {"one process", saved, names[number - 1]}
     float64_losses(recipe.replace(steps=8, **SHARDED[saved]), str(tmp_path / "saved"))
     for name in sorted(loaded):
         shutil.copytree(tmp_path / "saved", tmp_path / name)
