@@ -29,7 +29,7 @@ JUPYTER = {"IPython", "ipykernel", "ipywidgets", "jupyterlab"}
 CHANGES_NOTHING = """
 import os, random, sys, threading, warnings
 warnings.simplefilter("ignore")
-import matplotlib, numpy, psutil, torch, torch.distributed, torch.utils.data
+import matplotlib, numpy, psutil, torch, torch.distributed.fsdp, torch.utils.data
 
 def state():
     return {

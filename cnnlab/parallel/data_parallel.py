@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-from torch.distributed.tensor import DTensor
 
 from cnnlab.parallel.simulated_network import make_link
 from cnnlab.recipe import Recipe
@@ -139,6 +138,7 @@ def all_reduce_gradients(model: nn.Module, group: dist.ProcessGroup | None) -> N
         gradient.copy_(mean.view_as(gradient))
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Any) -> Tensor:
     """This rank's part of a tensor that may be a DTensor; they share memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # Asked this way, because importing DTensor takes a second.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

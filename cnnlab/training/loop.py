@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
 from torch.utils.data import TensorDataset
@@ -21,7 +20,7 @@ from cnnlab.data import datasets
 from cnnlab.data.loader import random_shifts, shift_images, train_loader
 from cnnlab.events import Event
 from cnnlab.model import build
-from cnnlab.parallel import data_parallel, sharding
+from cnnlab.parallel import data_parallel
 from cnnlab.parallel.mesh import make_mesh
 from cnnlab.recipe import Recipe
 from cnnlab.training import checkpoint, techniques
@@ -104,7 +103,11 @@ def set_up(
     techniques.limit_memory(recipe)
     network = build(recipe, splits.shape)
     model = techniques.prepare(network, recipe, device, world, clock, mesh, splits.shape)
-    updated = sharding.shard_copy(network, mesh["data"]) if recipe.strategy == "zero1" else network
+    updated = network
+    if recipe.strategy == "zero1":
+        from cnnlab.parallel import sharding  # here, because importing DTensor takes a second
+
+        updated = sharding.shard_copy(network, mesh["data"])
     optimizer, schedule = make_optimizer(recipe, updated, steps)
     scaler = techniques.grad_scaler(recipe)
     state = TrainState(
@@ -135,6 +138,8 @@ def register_sync_hooks(state: TrainState, recipe: Recipe, world: int, clock: Cl
     if state.mesh is None:
         data_parallel.register_sync_hooks(state.optimizer, state.network, recipe, world, clock)
     elif recipe.strategy == "zero1":
+        from cnnlab.parallel import sharding
+
         sharding.register_zero1_hooks(state.optimizer, state.network, state.updated, clock)
     elif recipe.strategy != "fsdp" and recipe.replicas > 1:
         average = partial(data_parallel.all_reduce_gradients, state.network, state.data_group)
@@ -146,7 +151,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module, steps: int) -> tuple[Optimi
     optimizer: Optimizer
     parameters = list(model.parameters())
     # An operation on a DTensor takes tens of microseconds: update all parameters together.
-    foreach = all(isinstance(parameter, DTensor) for parameter in parameters) or None
+    foreach = all(hasattr(parameter, "to_local") for parameter in parameters) or None
     if recipe.optimizer == "adam":
         optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate, foreach=foreach)
     else:

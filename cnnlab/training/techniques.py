@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cnnlab import machine
-from cnnlab.parallel import data_parallel, pipeline, sharding, simulated_network, tensor_parallel
-from cnnlab.recipe import CnnlabError, Recipe
+from cnnlab.parallel import data_parallel, simulated_network
+from cnnlab.recipe import SHARDED, CnnlabError, Recipe
 from cnnlab.training.clock import Clock
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,7 +32,7 @@ def prepare(
     world: int = 1,
     clock: Clock | None = None,
     mesh: Any = None,  # DeviceMesh of a sharded strategy
-    shape: tuple[int, int, int] | None = None,
+    shape: Any = None,  # (channels, size, classes) of the images
 ) -> nn.Module:
     """Apply the recipe's techniques to the model, in the order in which they must be applied."""
     if world > 1:
@@ -46,6 +46,8 @@ def prepare(
         model = channels_last(model)
     if device.type == "cuda":
         set_tf32(recipe.precision == "tf32")
+    if recipe.strategy in SHARDED:  # imported here, because DTensor takes a second
+        from cnnlab.parallel import pipeline, sharding, tensor_parallel
     if recipe.strategy == "tensor":
         model = tensor_parallel.shard_layers(model, mesh["model"], clock)
     if recipe.strategy == "pipeline":

@@ -37,7 +37,7 @@ BETWEEN = 4 * 16 * 16 * 16 * 16  # bytes of a batch between its convolutions, 16
 STRATEGIES = {
     "one rank": {},
     "sgd, bf16": {"optimizer": "sgd", "precision": "bf16"},
-    "recompute": {"recompute": True},
+    "recompute": {"model": "ResNet9", "width": 8, "recompute": True},
     "ddp": {"replicas": 2},
     "zero1": {"replicas": 2, "strategy": "zero1"},
     "fsdp": {"replicas": 2, "strategy": "fsdp"},
@@ -116,8 +116,8 @@ def test_each_rank_holds_what_the_formula_says(name):
         for part in PARTS[:3]:
             # Tensor parallelism does not shard the bias of the last layer.
             assert measured[part] == pytest.approx(formula[part], rel=0.001), (rank, part)
-        # One result more lives until the next layer has run.
-        lowest = 0.7 if name == "tensor" else 0.8
+        # A result lives until the next layer has run. Tensor parallelism gathers copies in addition.
+        lowest = {"tensor": 0.7, "gpipe": 0.9, "1f1b": 0.9}.get(name, 0.92)
         assert lowest < formula["activations"] / measured["activations"] <= 1.001, rank
 
 
