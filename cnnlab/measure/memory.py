@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from math import ceil
 from typing import Any
 
@@ -85,14 +85,15 @@ def memory_formula(recipe: Recipe, rank: int = 0) -> dict[str, float]:
         ranks = total / sum(ceil(len(p) / recipe.replicas) * p[0].numel() for p in parameters)
     moments = 2 if recipe.optimizer == "adam" else 1
     state = state_formula(total, ranks, recipe.strategy, (4, 4, 4 * moments))
-    activations: float = sum(stage.inputs if recipe.recompute else stage.saved for stage in stages)
+    activations: float = sum(stage.saved for stage in stages)
+    if recipe.recompute:  # the inputs of the stages before, and all of the one in the backward pass
+        before = accumulate((stage.inputs for stage in stages), initial=0)
+        activations = max(n + stage.saved for n, stage in zip(before, stages, strict=False))
     if recipe.strategy == "tensor":
         gathered = sum(stage.gathered for stage in stages)
         activations = gathered + (activations - gathered) / recipe.tensor_ranks
     if recipe.strategy == "pipeline":
         activations = _pipeline_activations(recipe, rank % recipe.stages, stages)
-    if recipe.recompute:
-        activations += max(stage.saved - stage.inputs for stage in mine)
     return {**state, "activations": activations}
 
 
@@ -105,10 +106,11 @@ def _pipeline_activations(recipe, rank, stages):
     between = [0, *(stage.inputs for stage in stages[1:]), 0]
     waiting = peak = 0
     order = action_order(recipe.pipeline_schedule, recipe.stages, recipe.micro_batches, rank)
-    for stage, phase, _ in order:
-        inner = 0 if recipe.recompute else stages[stage].saved - stages[stage].inputs
-        waiting += (inner + between[stage + 1]) * (1 if phase == "forward" else -1)
-        peak = max(peak, waiting)
+    for number, phase, _ in order:
+        inner = stages[number].saved - stages[number].inputs
+        kept = between[number + 1] + (0 if recipe.recompute else inner)
+        waiting += kept if phase == "forward" else -kept
+        peak = max(peak, waiting + (inner if recipe.recompute else 0))
     received = sum(sum(pair) for pair in list(pairwise(between))[rank :: recipe.stages])
     return peak + recipe.micro_batches * (received + stages[0].inputs)
 
