@@ -4,6 +4,7 @@ import base64
 import io
 import time
 
+import nbformat
 import psutil
 import pytest
 from helpers import run_all, run_until, saved_notebook
@@ -18,6 +19,10 @@ PICTURE_BYTES = """async image => {
     const blob = await (await fetch(image.src)).blob();
     return blob.size + ':' + await blob.text();
 }"""
+
+CLUSTER = """from many_machines.cluster import ClusterPanel
+
+ClusterPanel("ResNet-50, 4 x 8 V100")"""
 
 ASK_KERNEL = """() => {
     window.answered = false;
@@ -146,6 +151,24 @@ def test_the_race_of_lesson_09_follows_its_slider_and_stops(lab, open_lesson):
     changed_picture(panel, before, 120)
     panel.locator(".cnnlab-run").click()
     stop(page, panel)
+    assert_no_errors(page)
+
+
+def test_a_cluster_on_paper_follows_its_controls(lab, open_lesson):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CLUSTER)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, lab["root"] / "cluster.ipynb")
+    page = open_lesson("cluster.ipynb")
+    run_all(page)
+    panel = page.locator(".cnnlab-panel")
+    wait_for_status(panel, "1,024 devices", "speedup")
+    before = picture(panel)
+    panel.locator(".cnnlab-network .noUi-handle").press("ArrowRight")  # 1 Gbit/s
+    before = changed_picture(panel, before)
+    wait_for_status(panel, "Bound by network bandwidth")
+    panel.locator(".cnnlab-devices .noUi-handle").press("ArrowRight")
+    changed_picture(panel, before)
+    wait_for_status(panel, "2,048 devices")
     assert_no_errors(page)
 
 
