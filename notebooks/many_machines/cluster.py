@@ -13,7 +13,7 @@ from cnnlab.plots import COLORS, prediction_curve
 from cnnlab.widgets import Picture
 
 DEVICES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10_000, 32_768, 100_000]
-UNCHANGED = "as published"
+UNCHANGED = "published"
 # {what to buy: (section of the spec, field, factor)}
 PURCHASES = {
     "network\nbandwidth x 2": ("network", "bandwidth_gbps", 2.0),
