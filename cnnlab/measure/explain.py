@@ -24,7 +24,7 @@ SUGGESTIONS = {  # for each part of a step, the techniques that shorten it
     "arithmetic": ("threads", "GPU", "bf16", "channels_last"),
     "memory": ("threads", "GPU", "bf16", "channels_last", "pooling before ReLU", "torch.compile"),
     "launch": ("torch.compile", "larger batch"),
-    "communication": ("larger batch",),
+    "communication": ("micro-batches", "larger batch"),
 }
 LAST_RESORT = {  # advice once all of these are in use
     "loader": "less work per image while loading",
@@ -122,6 +122,8 @@ def _make_explanation(recipe, finished, seconds, figures):
     """
     median = sorted(finished, key=lambda end: end.step_s)[len(finished) // 2]
     scale = median.compute_s / sum(seconds.values())
+    for name in ("flops", "moved", "operations"):  # of a whole replica
+        figures[name] //= recipe.model_ranks
     return Explanation(
         recipe=recipe,
         images_per_s=statistics.median(end.images_per_s for end in finished),

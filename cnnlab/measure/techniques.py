@@ -25,6 +25,14 @@ def add_loader_worker(recipe: Recipe, machine: Machine) -> Changes:
     return {"loader_workers": recipe.loader_workers + 1} if recipe.data == "photos" else {}
 
 
+def double_micro_batches(recipe: Recipe, machine: Machine) -> Changes:
+    """Twice as many, if each has an image; {} without a pipeline."""
+    count = 2 * recipe.micro_batches
+    if recipe.strategy != "pipeline" or recipe.batch_size // recipe.replicas % count:
+        return {}
+    return {"micro_batches": count}
+
+
 def double_batch(recipe: Recipe, machine: Machine) -> Changes:
     return {"batch_size": 2 * recipe.batch_size}
 
@@ -84,6 +92,9 @@ TECHNIQUES = {
         changes=add_loader_worker, why="more loader workers, as long as cores are idle"
     ),
     "whole-batch loader": Technique(changes={"loader": "batch"}, why="fetching whole batches"),
+    "micro-batches": Technique(
+        changes=double_micro_batches, why="more micro-batches, which make the bubble smaller"
+    ),
     "larger batch": Technique(
         changes=double_batch, why="a larger batch: more work per kernel launch and per all-reduce"
     ),

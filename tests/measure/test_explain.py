@@ -111,6 +111,7 @@ FASTER = {"threads": None, "precision": "bf16", "memory_format": "channels_last"
             {},
         ),
         ({"replicas": 2}, "communication", {"batch_size": 128}),
+        ({"strategy": "pipeline", "stages": 2}, "communication", {"micro_batches": 2}),
     ],
     ids=str,
 )
@@ -192,3 +193,11 @@ def test_the_panel_shows_the_explanation():
     assert "threads=1: SmallCNN on" in live.reason.value
     assert "threads=2: SmallCNN on" in live.reason.value
     assert launcher.RANK_NAME not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_rank_of_a_divided_model_does_a_part_of_the_work():
+    base = Recipe(batch_size=32, threads=1)
+    whole = explain(base, repeats=1)
+    half = explain(base.replace(strategy="tensor", tensor_ranks=2), repeats=1)
+    assert half.flops == whole.flops // 2
+    assert sum(half.parts.values()) == pytest.approx(half.step_s)
