@@ -150,6 +150,8 @@ def _load(path: Path, recipe: Recipe, state: TrainState) -> int:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         rng_states = {name: rng for name, rng in _rng_states(recipe).items() if name in saved}
         values = {**_parts(state), **rng_states, "step": 0}
+        if "scaler.scale" not in saved:  # by a run without fp16
+            del values["scaler"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(values, checkpoint_id=path)
@@ -201,7 +203,11 @@ def _barrier() -> None:
 
 def _cannot_load(path: Path, error: BaseException) -> CnnlabError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    older = [other.name for other in _list_checkpoints(str(path.parent)) if other < path]
+    advice = "choose another folder, because this one has no older checkpoint"
+    if older:
+        advice = f"move it out of the folder, and the run resumes from {older[-1]}"
     return CnnlabError(
-        f"the checkpoint {path} cannot be loaded: it is damaged, or of another version "
-        f"({lines[-1]}). Delete it, and the run resumes from the one before."
+        f"the checkpoint {path} cannot be loaded: {lines[-1]}. If it is damaged, or of another "
+        f"version, {advice}."
     )

@@ -305,11 +305,41 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_run_resumes(half_way, 
     newest = half_way / "step-00000016"
     for path in newest.glob(part):
         damage(path)
-    with pytest.raises(CnnlabError, match="step-00000016 cannot be loaded.*Delete it") as caught:
+    said = "step-00000016 cannot be loaded.*move it out of .* resumes from step-00000008"
+    with pytest.raises(CnnlabError, match=said) as caught:
         list(train(CONSTANT, checkpoints=str(half_way)))
     assert len(str(caught.value).splitlines()) == 1
     shutil.rmtree(newest)
     assert next(train(CONSTANT, checkpoints=str(half_way))).first_step == 8
+
+
+def test_the_only_checkpoint_is_not_given_up(half_way):
+    shutil.rmtree(half_way / "step-00000008")
+    (half_way / "step-00000016" / ".metadata").unlink()
+    with pytest.raises(CnnlabError, match="No such file.*another folder.*has no older") as caught:
+        next(train(CONSTANT, checkpoints=str(half_way)))
+    assert "move it" not in str(caught.value)
+
+
+TECHNIQUES = {
+    "precision": "fp16",
+    "memory_format": "channels_last",
+    "pooling": "before-relu",
+    "accumulate": 2,
+    "loader": "batch",
+    "threads": 2,
+}
+
+
+@pytest.mark.parametrize("name, value", TECHNIQUES.items())
+def test_a_technique_may_change_when_a_run_resumes(tmp_path, name, value):
+    plain, changed = CONSTANT.replace(steps=8), CONSTANT.replace(**{name: value}, steps=10)
+    list(train(plain, checkpoints=str(tmp_path / "plain")))
+    assert next(train(changed, checkpoints=str(tmp_path / "plain"))).first_step == 8
+    list(train(changed.replace(steps=8), checkpoints=str(tmp_path / "changed")))
+    assert (
+        next(train(plain.replace(steps=10), checkpoints=str(tmp_path / "changed"))).first_step == 8
+    )
 
 
 OTHER_VALUES = {
