@@ -141,6 +141,38 @@ def test_a_training_panel_runs_follows_its_slider_stops_and_explains(
     assert_no_errors(page)
 
 
+def test_a_pipeline_follows_its_sliders_and_strategies_run_side_by_side(lab, open_lesson):
+    endless = ("width=4, batch_size=32, steps=4", "width=4, batch_size=32, steps=4000")
+    page, panel = open_panel(
+        lab, open_lesson, "12_model_parallel", "widgets.TrainingPanel(", endless
+    )
+    before = picture(panel)
+    panel.locator(".cnnlab-run").click()
+    wait_for_status(panel, "step ", "images/s")
+    for slider, label in (("micro-batches", "8"), ("pipeline-schedule", "1f1b")):
+        before = changed_picture(panel, before)
+        panel.locator(f".cnnlab-{slider} .noUi-handle").press("ArrowRight")
+        assert panel.locator(f".cnnlab-{slider} .widget-readout").inner_text() == label
+        wait_for_status(panel, "step ", "images/s")
+    changed_picture(panel, before)
+    stop(page, panel)
+
+    run_until(page, "widgets.StrategyPanel(", 240)
+    panel = page.locator(".cnnlab-panel").last
+    panel.scroll_into_view_if_needed()
+    panel.locator(".cnnlab-tensor input").uncheck()
+    panel.locator(".cnnlab-FSDP input").uncheck()
+    before = picture(panel)
+    panel.locator(".cnnlab-run").click()
+    wait_for_status(panel, "run 4 of 4", seconds=120)
+    before = changed_picture(panel, before)
+    panel.locator(".cnnlab-ranks .noUi-handle").press("ArrowRight")  # 4 ranks
+    panel.locator(".cnnlab-run").click()
+    changed_picture(panel, before, 120)
+    stop(page, panel)
+    assert_no_errors(page)
+
+
 def test_the_race_of_lesson_09_follows_its_slider_and_stops(lab, open_lesson):
     page, panel = open_panel(lab, open_lesson, "09_whole_program", "class Race(")
     before = picture(panel)
