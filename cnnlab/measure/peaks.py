@@ -44,13 +44,13 @@ def peak_flops(
         w = torch.randn(128, 128, 3, 3).to(dtype, memory_format=torch.channels_last)
         flop = 2 * images * 32 * 32 * 128 * 128 * 9
         operations.append((flop, partial(conv2d, x, w, padding=1)))
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         with torch.no_grad():
             return max(_rate(flop, function, device, threads) for flop, function in operations)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def copy_bandwidth(device: str = "cpu", threads: int | None = None, mib: int = 256) -> Rate:

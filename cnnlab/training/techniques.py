@@ -213,8 +213,9 @@ def grad_scaler(recipe: Recipe) -> torch.amp.GradScaler:
 
 def set_tf32(enabled: bool) -> None:
     """Let GPUs run fp32 convolutions and matrix products in TF32: 10 bits of mantissa, not 23."""
-    torch.backends.cuda.matmul.allow_tf32 = enabled
-    torch.backends.cudnn.allow_tf32 = enabled
+    precision = "tf32" if enabled else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 
 
 def compile_model(model: nn.Module) -> nn.Module:

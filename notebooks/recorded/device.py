@@ -72,13 +72,13 @@ def benchmark_mode() -> Iterator[None]:
     """Turn TF32 off and cuDNN's autotuning on; afterwards restore both and free GPU memory."""
     torch.compiler.reset()  # else shapes that differ from earlier ones compile as dynamic: slower
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.benchmark
     techniques.set_tf32(False)
     cudnn.benchmark = True
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.benchmark = before
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -38,10 +38,10 @@ def test_measuring_uses_the_threads_and_restores_the_settings_of_torch(monkeypat
         return multiply(a, b)
 
     monkeypatch.setattr(torch, "mm", recording_mm)
-    before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    before = torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision
     peaks.peak_flops(size=32, threads=1)
     assert set(threads) == {1}
-    assert (torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32) == before
+    assert (torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision) == before
 
 
 def test_an_operation_that_fails_raises(monkeypatch):

@@ -178,7 +178,8 @@ def test_every_variant_of_vgg19_gives_the_same_logits(found):
 def test_measuring_restores_the_settings_of_torch():
     def settings():
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        return matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, torch.get_num_threads()
+        precisions = matmul.fp32_precision, cudnn.conv.fp32_precision
+        return *precisions, cudnn.benchmark, torch.get_num_threads()
 
     before = settings()
     device.clock("cpu", quick=True)
@@ -350,11 +351,12 @@ def test_a_gpu_passes_its_checks_and_its_graph_trains_alike():
 def test_benchmark_mode_restores_the_settings_of_torch():
     def settings():
         cudnn = torch.backends.cudnn
-        return torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+        precisions = torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
+        return *precisions, cudnn.benchmark
 
     before = settings()
     with pytest.raises(ZeroDivisionError), device.benchmark_mode():
-        assert settings() == (False, False, True)
+        assert settings() == ("ieee", "ieee", True)
         raise ZeroDivisionError
     assert settings() == before
 

@@ -3,6 +3,8 @@
 import copy
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -163,13 +165,38 @@ def test_the_largest_seed_can_be_set():
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_tf32_is_switched_for_convolutions_and_matrix_products(enabled):
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [flag.allow_tf32 for flag in flags]
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [flag.fp32_precision for flag in flags]
     try:
         for flag in flags:
-            flag.allow_tf32 = not enabled
+            flag.fp32_precision = "ieee" if enabled else "tf32"
         techniques.set_tf32(enabled)
-        assert [flag.allow_tf32 for flag in flags] == [enabled, enabled]
+        expected = "tf32" if enabled else "ieee"
+        assert [flag.fp32_precision for flag in flags] == [expected, expected]
     finally:
         for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
+            flag.fp32_precision = value
+
+
+AFTER_TODAYS_API = """
+import torch
+
+torch.backends.cuda.matmul.fp32_precision = "tf32"  # from here on, reading allow_tf32 raises
+torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+from cnnlab import Recipe, machine
+from cnnlab.measure.peaks import peak_flops
+from cnnlab.training.loop import train
+
+assert machine.describe().hardware["fp32"]
+assert peak_flops(size=32, threads=1)[0] > 0
+*_, finished = train(Recipe(steps=3, threads=1, evaluate=False))
+assert finished.steps == 3
+assert torch.backends.cuda.matmul.fp32_precision == "tf32"  # the user's setting is kept
+"""
+
+
+def test_the_package_works_after_todays_api_has_allowed_tf32():
+    command = [sys.executable, "-c", AFTER_TODAYS_API]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
