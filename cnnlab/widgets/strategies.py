@@ -76,8 +76,12 @@ class StrategyPanel(Panel):
 
     def _draw(self, axes):
         measured = {name: found for name, found in self.measurements.items() if found.images_per_s}
-        if measured:
-            speedup_bars(axes[0], measured)
-            axes[0].set_xlim(right=1.15 * axes[0].get_xlim()[1])  # long labels in narrow axes
-        memory_bars(axes[1], self.memory)
-        traffic_bars(axes[2], self.sent)
+        shown = (measured, self.memory, self.sent)
+        for ax, data, draw in zip(
+            axes, shown, (speedup_bars, memory_bars, traffic_bars), strict=True
+        ):
+            if data:
+                draw(ax, data)
+            else:
+                ax.set_axis_off()
+        axes[0].set_xlim(right=1.15 * axes[0].get_xlim()[1])  # long labels in narrow axes
