@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -266,8 +266,9 @@ class Counter(TorchDispatchMode):
             return result
         known = {tensor.untyped_storage() for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
-            # Flat tensors are buffers of collectives, and a known storage is that of a view.
-            if tensor.ndim > 1 and tensor.untyped_storage() not in known:
+            # Not views, flat buffers of collectives, and fake tensors, with which DTensor plans.
+            counts = tensor.ndim > 1 and not isinstance(tensor, FakeTensor)
+            if counts and tensor.untyped_storage() not in known:
                 self.storages.add(tensor.untyped_storage())
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages))
         return result
