@@ -54,6 +54,8 @@ def event_lines(event: events.Event) -> Iterator[str]:
                 waits += f", {1000 * event.communication_s:.1f} for other ranks"
             speed = f"{event.images_per_s:,.0f} images/s ({1000 * event.step_s:.1f} ms per step: "
             memory = f"peak memory {event.peak_memory_mib:,.0f} MiB"
+            if event.skipped_steps:
+                memory += f"; steps skipped, because fp16 overflowed: {event.skipped_steps}"
             yield f"{total}, of which {warmup}; then {speed}{waits}); {memory}"
 
 

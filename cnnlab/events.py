@@ -1,6 +1,6 @@
 """What a run yields while it runs. Plots, panels, records and comparisons read only events."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, get_args
 
 from cnnlab.recipe import CnnlabError, Recipe
@@ -12,10 +12,15 @@ def to_dict(event: "Event") -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> "Event":
-    """The inverse of `to_dict`. Raises `CnnlabError` if `values` is not an event."""
+    """The inverse of `to_dict`. Raises `CnnlabError` if `values` is not an event.
+
+    Fields that older records lack take their defaults.
+    """
     values = dict(values)
     kind = EVENT_TYPES.get(values.pop("event", None))
-    if kind is None or {f.name for f in fields(kind)} != set(values):
+    known = fields(kind) if kind else ()
+    values = {f.name: f.default for f in known if f.default is not MISSING} | values
+    if kind is None or {f.name for f in known} != set(values):
         raise CnnlabError("this line is not an event of this version of cnnlab.")
     if kind is Started:
         values["recipe"] = Recipe.from_dict(values["recipe"])
@@ -86,6 +91,7 @@ class Finished:
     accuracy: float | None  # held out; None if the recipe does not evaluate
     # Async: mean updates by others between a rank's read and update; (N - 1) / 2 in lockstep.
     staleness: float | None
+    skipped_steps: int = 0  # that did not update the parameters, because fp16 gradients overflowed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,3 +85,10 @@ def test_reading_an_event_leaves_the_given_values_alone():
     values = events.to_dict(ONE_OF_EACH[0])
     events.from_dict(values)
     assert values == events.to_dict(ONE_OF_EACH[0])
+
+
+def test_a_record_from_before_a_field_existed_gives_it_its_default():
+    [finished] = [event for event in ONE_OF_EACH if isinstance(event, Finished)]
+    values = events.to_dict(finished)
+    del values["skipped_steps"]
+    assert events.from_dict(values) == finished and finished.skipped_steps == 0

@@ -69,12 +69,15 @@ def train(
                 scaler.scale(loss).backward()
                 clock.mark("backward")
                 meter.add(loss, logits, targets[i])
+            scale = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
+            skipped = scaler.get_scale() < scale  # because fp16 gradients overflowed
             optimizer.zero_grad()
-            state.schedule.step()
+            if not skipped:
+                state.schedule.step()
             clock.mark("update")
-            meter.end_step()
+            meter.end_step(skipped)
 
             save_to = checkpoints if meter.step % recipe.checkpoint_every == 0 else None
             if save_to or meter.report_due():

@@ -55,13 +55,15 @@ class Meter:
         self.step_loss: Tensor | float = 0.0
         self.losses: list = []  # of the steps since the last report
         self.correct: Tensor | int = 0  # predictions since the last report
+        self.skipped = 0  # steps
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a micro-batch to the current step."""
         self.step_loss += loss.detach()
         self.correct += (logits.argmax(1) == labels).sum()
 
-    def end_step(self) -> None:
+    def end_step(self, skipped: bool = False) -> None:
+        self.skipped += skipped
         self.losses.append(self.step_loss)
         self.step_loss = 0.0
         self.step += 1
@@ -147,4 +149,5 @@ class Meter:
             peak_memory_mib=peak_memory_mib(self.clock.device),
             accuracy=accuracy,
             staleness=None if self.shared is None else self.shared.mean_staleness(),
+            skipped_steps=self.skipped,
         )

@@ -20,6 +20,8 @@ def status_line(event: Event, events: Sequence[Event]) -> tuple[float, str] | No
         line += f"{event.images_per_s:,.0f} images/s"
         if event.accuracy is not None:
             line += f", held-out accuracy {100 * event.accuracy:.1f}%"
+        if event.skipped_steps:
+            line += f", {plural(event.skipped_steps, 'step')} skipped (fp16 overflow)"
         return 1.0, line
     return None
 

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from cnnlab import model
+from cnnlab.console import event_lines
 from cnnlab.data import datasets
 from cnnlab.events import Evaluated, Finished, Progress, Started
 from cnnlab.recipe import CnnlabError, Recipe
-from cnnlab.training.loop import train
+from cnnlab.training import loop
+from cnnlab.training.loop import make_optimizer, train
+from cnnlab.widgets.status import status_line
 
 SHORT = Recipe(steps=6, threads=1, evaluate=False)
 ROUNDING = {"rel": 2e-4, "abs": 2e-5}  # fp32 sums in another order, after a few steps
@@ -259,3 +262,26 @@ def test_every_model_trains(name):
     found = losses(recipe)
     assert len(found) == 3
     assert all(map(math.isfinite, found))
+
+
+def test_a_step_that_overflows_in_fp16_is_counted_and_does_not_advance_the_schedule(monkeypatch):
+    schedules = []
+
+    def recorded_optimizer(*args):
+        optimizer, schedule = make_optimizer(*args)
+        schedules.append(schedule)
+        return optimizer, schedule
+
+    too_large = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-28)
+    monkeypatch.setattr(loop.techniques, "grad_scaler", lambda recipe: too_large)
+    monkeypatch.setattr(loop, "make_optimizer", recorded_optimizer)
+    [end] = only(Finished, train(SHORT.replace(precision="fp16", schedule="cosine")))
+    assert end.skipped_steps == 1 and end.steps == 6
+    assert schedules[0].last_epoch == 5
+    assert "1 step skipped (fp16 overflow)" in status_line(end, [])[1]
+    assert "steps skipped, because fp16 overflowed: 1" in " ".join(event_lines(end))
+
+
+def test_without_fp16_no_step_is_skipped():
+    [end] = only(Finished, train(SHORT))
+    assert end.skipped_steps == 0 and "skipped" not in status_line(end, [])[1]
