@@ -22,8 +22,8 @@ from .measure.ladder import climb as climb
 from .measure.ladder import techniques as techniques
 from .measure.memory import bytes_sent as bytes_sent
 from .measure.memory import measure_memory as measure_memory
-from .measure.memory import memory_formula as memory_formula
-from .measure.memory import state_formula as state_formula
+from .measure.memory_formula import memory_formula as memory_formula
+from .measure.memory_formula import state_formula as state_formula
 from .measure.peaks import copy_bandwidth as copy_bandwidth
 from .measure.peaks import peak_flops as peak_flops
 from .measure.peaks import peaks as peaks

@@ -1,6 +1,6 @@
 """The panel that compares data and model parallelism on the same ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -76,10 +76,12 @@ class StrategyPanel(Panel):
 
     def _draw(self, axes):
         measured = {name: found for name, found in self.measurements.items() if found.images_per_s}
-        shown = (measured, self.memory, self.sent)
-        for ax, data, draw in zip(
-            axes, shown, (speedup_bars, memory_bars, traffic_bars), strict=True
-        ):
+        plots: list[tuple[Callable, Any]] = [
+            (speedup_bars, measured),
+            (memory_bars, self.memory),
+            (traffic_bars, self.sent),
+        ]
+        for ax, (draw, data) in zip(axes, plots, strict=True):
             if data:
                 draw(ax, data)
             else:

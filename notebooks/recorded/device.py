@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cnnlab import machine, record
 from cnnlab.data import datasets
 from cnnlab.measure import peaks
-from cnnlab.measure.memory import saved_tensor_bytes
+from cnnlab.measure.memory_formula import saved_tensor_bytes
 from cnnlab.model import build
 from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training import techniques

@@ -13,10 +13,9 @@ import cnnlab
 from cnnlab import machine
 from cnnlab.events import Finished
 from cnnlab.launch import launcher
-from cnnlab.measure.memory import (
+from cnnlab.measure.memory import bytes_sent, measure_memory
+from cnnlab.measure.memory_formula import (
     PARTS,
-    bytes_sent,
-    measure_memory,
     memory_formula,
     saved_tensor_bytes,
     state_formula,
@@ -171,6 +170,11 @@ def test_fsdp_shards_7_5_billion_parameters_as_in_the_zero_paper():
     recipe = LARGE.replace(width=956, replicas=64, strategy="fsdp", batch_size=64, images=64)
     [shard] = launcher.stream(large_fsdp_shard, (recipe,), 1, backend=None)
     assert 16 * shard / 1e9 == pytest.approx(1.9, abs=0.05)
+
+
+def test_fake_ranks_of_a_pipeline_are_rejected():
+    with pytest.raises(CnnlabError, match="memory_formula"):
+        measure_memory(SMALL.replace(strategy="pipeline", stages=2), fake=True)
 
 
 def test_a_stopped_measurement_returns():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from cnnlab import Recipe, data, ranks, run
-from cnnlab.measure.memory import state_formula
+from cnnlab.measure.memory_formula import state_formula
 from cnnlab.model import SmallCNN
 from cnnlab.parallel.pipeline_schedule import (
     action_order,
