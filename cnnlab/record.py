@@ -18,7 +18,8 @@ from cnnlab.recipe import CnnlabError, Recipe
 
 FORMAT = 2
 WRITE_FIX = "Free some space, or choose a folder that you can write to."
-RECORDED = Path(__file__).parent.parent / "notebooks" / "recorded"
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+RECORDED = NOTEBOOKS / "recorded"
 
 
 def save(path: str | Path, events: Iterable[Event], machine: dict[str, Any]) -> Iterator[Event]:

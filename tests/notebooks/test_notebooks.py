@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from cnnlab import Recipe, run
 from cnnlab.events import Evaluated
@@ -145,6 +146,23 @@ def test_links_between_lessons_are_valid():
     ]
     assert links
     assert not [(path.name, link) for path, link in links if not (path.parent / link).exists()]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=notebook_id)
+def test_a_lesson_has_no_relative_paths(path):
+    assert not re.findall(r'(?:Path|open)\("[^/"].*', text(path, "code"))
+
+
+@pytest.mark.parametrize("name", ["06_gpu", "09_whole_program", "13_many_machines"])
+def test_a_lesson_finds_its_files_from_another_folder(name, tmp_path):
+    """As with papermill, or VS Code's workspace root."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    needed = re.compile(r"^import|NOTEBOOKS|MANY_MACHINES")
+    notebook.cells = [
+        cell for cell in notebook.cells if cell.cell_type == "code" and needed.search(cell.source)
+    ]
+    NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert "No such file" not in str(notebook.cells)
 
 
 def test_the_recipe_of_lesson_02_reaches_98_percent_accuracy():
