@@ -17,7 +17,6 @@ from cnnlab.data import datasets
 from cnnlab.events import Failed
 from cnnlab.launch import launcher, worker
 from cnnlab.measure.memory_formula import PARTS
-from cnnlab.measure.memory_formula import memory_formula as memory_formula
 from cnnlab.parallel import data_parallel
 from cnnlab.parallel.data_parallel import local_tensor
 from cnnlab.recipe import CnnlabError, Recipe

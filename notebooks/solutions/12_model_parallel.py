@@ -251,6 +251,7 @@ TASKS["12.3"] = Task(
         "An output is a sum over all input features. Each rank has some of the features, so it "
         "can compute a part of each sum. Which collective adds up what the ranks have?",
         "How many times is the bias in the sum if every rank adds it before the all-reduce?",
+        "`F.linear(inputs, weight)` without the bias, then `dist.all_reduce`, then add the bias.",
     ],
     mistakes={
         own_rows: "This sum has the features of one rank only. Add those of the other ranks.",
@@ -402,7 +403,7 @@ TASKS["12.5"] = Task(
     reference=bytes_per_rank,
     inputs=models,
     hints=[
-        "First stage 0, where each rank has everything: 2 + 2 + 12 = 16 bytes for each parameter.",
+        "Start with stage 0, where each rank has everything: 2 + 2 + 12 = 16 bytes per parameter.",
         "Then decide for each of the three parts from which stage on it is divided by the number "
         "of ranks. The largest part comes first.",
     ],
@@ -641,7 +642,7 @@ TASKS["12.8"] = Task(
     hints=[
         "Print the seconds of each stage for the cuts that the program returns. Is each layer in "
         "a stage?",
-        "The first edge is layer 0. Which number must the last edge be?",
+        "The first edge is 0. The last edge must be the number of layers, `len(seconds)`.",
     ],
     mistakes={
         last_stage_forgotten: "One stage is much slower than the program believes. Does `slowest` "
