@@ -10,9 +10,15 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from cnnlab.data.photos import PhotoDataset
-from cnnlab.recipe import Recipe
+from cnnlab.recipe import CnnlabError, Recipe
 
 Images = TensorDataset | PhotoDataset
+
+# Text in the errors of torch and Python when a limit of the system is reached: what helps.
+LIMITS = {
+    "shared memory": "Use loader_workers=0, or a container with docker run --shm-size=1g",
+    "Too many open files": "Use fewer ranks or loader workers, or run ulimit -n 4096 before",
+}
 
 
 def train_loader(
@@ -28,7 +34,7 @@ def train_loader(
         "num_workers": recipe.loader_workers,
         # Not the sampler's: how often a loader draws depends on its workers.
         "generator": torch.Generator().manual_seed(recipe.seed),
-        "pin_memory": recipe.device == "cuda",
+        "pin_memory": recipe.device in ("cuda", "xpu"),  # Apple's GPUs share the CPU's memory
         "persistent_workers": recipe.loader_workers > 0,
     }
     if recipe.loader == "batch" and not isinstance(dataset, PhotoDataset):
@@ -46,6 +52,15 @@ def random_shifts(seed: int, most: int = 2) -> Iterator[list[int]]:
 def shift_images(images: Tensor, shift: list[int]) -> Tensor:
     """The batch (N, channels, size, size), shifted by [y, x] pixels and wrapped around the edge."""
     return images.roll(shift, dims=(2, 3))
+
+
+def system_limit_error(error: BaseException) -> CnnlabError | None:
+    """What to change if there is no shared memory or open file left for loaders, else None."""
+    for text, fix in LIMITS.items():
+        if text in str(error):
+            reason = str(error).strip().splitlines()[-1]
+            return CnnlabError(f"a limit of this system is too low: {reason}. {fix}.")
+    return None
 
 
 @dataclass(eq=False)

@@ -60,7 +60,10 @@ def cache_folder() -> Path:
     """Where downloads and photographs are kept: CNNLAB_DATA, or the user's cache folder."""
     import pooch
 
-    return Path(os.environ.get("CNNLAB_DATA") or pooch.os_cache("cnnlab"))
+    try:
+        return Path(os.environ.get("CNNLAB_DATA") or pooch.os_cache("cnnlab")).expanduser()
+    except RuntimeError as error:  # in a container whose user has neither a name nor HOME
+        raise CnnlabError(f"no cache folder: {error}. {CACHE_FIX}") from None
 
 
 def random_crop_box(size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from cnnlab import machine
 from cnnlab.data import datasets
+from cnnlab.data.loader import system_limit_error
 from cnnlab.events import Event
 from cnnlab.launch.failures import Kind, Message, enable_stack_dumps
 from cnnlab.recipe import CnnlabError, Recipe
@@ -88,9 +89,9 @@ def train_rank(rank: int, world: int, recipe: Recipe, checkpoints: str | None) -
             yield from train_pipeline(recipe, rank, world, checkpoints)
         else:
             yield from train(recipe, rank, world, checkpoints)
-    except (RuntimeError, MemoryError) as error:
-        if exceeded := techniques.memory_limit_error(recipe, error):
-            raise exceeded from error
+    except (RuntimeError, MemoryError, OSError) as error:
+        if cause := techniques.memory_limit_error(recipe, error) or system_limit_error(error):
+            raise cause from error
         raise
 
 

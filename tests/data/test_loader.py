@@ -1,13 +1,15 @@
 """The order of the images, the shares of the ranks, and the random shifts."""
 
+import os
 from itertools import islice
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from cnnlab.data.loader import random_shifts, shift_images, train_loader
-from cnnlab.recipe import Recipe
+from cnnlab.data.loader import random_shifts, shift_images, system_limit_error, train_loader
+from cnnlab.launch import launcher
+from cnnlab.recipe import CnnlabError, Recipe
 
 
 def batches_of(loader, epochs=3):
@@ -84,3 +86,24 @@ def test_all_shifts_of_up_to_two_pixels_occur_and_no_others():
 def test_a_resumed_run_continues_the_shifts():
     assert list(islice(random_shifts(3), 5, 9)) == list(islice(random_shifts(3), 9))[5:]
     assert list(islice(random_shifts(3), 9)) != list(islice(random_shifts(4), 9))
+
+
+def train_with_few_open_files(rank, world, recipe):
+    import resource
+
+    few = len(os.listdir("/proc/self/fd")) + 3
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))
+    yield from launcher.train_rank(rank, world, recipe, None)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux")
+def test_too_few_open_files_are_reported_with_a_fix():
+    recipe = Recipe(threads=1, steps=3, loader_workers=2, evaluate=False)
+    with pytest.raises(CnnlabError, match="Too many open files.*ulimit -n"):
+        list(launcher.stream(train_with_few_open_files, (recipe,), 1))
+
+
+def test_a_full_shared_memory_is_reported_with_a_fix():
+    text = "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory"
+    assert "loader_workers=0" in str(system_limit_error(RuntimeError(text)))
+    assert system_limit_error(RuntimeError("shapes differ")) is None

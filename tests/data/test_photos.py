@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +144,24 @@ def test_an_unwritable_folder_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("CNNLAB_DATA", str(tmp_path / "a file"))
     with pytest.raises(CnnlabError, match="cannot write .*CNNLAB_DATA"):
         photos.photo_folder(8)
+
+
+@pytest.mark.parametrize("place", [None, "~/data"])
+def test_a_user_without_a_home_folder_is_told_what_to_set(tmp_path, monkeypatch, place):
+    """As in a container whose user id has no name."""
+
+    def no_user(uid):
+        raise KeyError(uid)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pwd.getpwuid", no_user)
+    for name in ("HOME", "XDG_CACHE_HOME", "CNNLAB_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    if place:
+        monkeypatch.setenv("CNNLAB_DATA", place)
+    with pytest.raises(CnnlabError, match="home directory.*set CNNLAB_DATA"):
+        photos.photo_folder(8)
+    assert not Path("~").exists()
 
 
 def test_the_command_line_trains_on_photographs(cache):
