@@ -1,7 +1,9 @@
 """Which rank failed, why, and where: the root cause among the failures of all ranks."""
 
 import faulthandler
+import linecache
 import os
+import re
 import signal
 import time
 from contextlib import suppress
@@ -12,13 +14,19 @@ from typing import Any, Literal
 
 import psutil
 
-Kind = Literal["event", "print", "done", "rejected", "error", "stopped", "killed", "late"]
+Kind = Literal[
+    "event", "print", "done", "rejected", "error", "stopped", "killed", "returned", "late"
+]
 # The kinds of messages that report a failure, the most informative first.
-FAILURE_KINDS = ("error", "stopped", "killed", "late")
+FAILURE_KINDS = ("error", "stopped", "killed", "returned", "late")
 # Texts in the tracebacks of ranks that failed only because another rank had failed.
 PEER_ERRORS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "C10d store")
 # In a stack dump, the frame of the worker that called the user's function.
 WORKER_FRAME = os.path.join("launch", "worker.py") + '", line'
+# In a stack dump, functions of PyTorch that wait for other ranks, and async's own.
+WAITING_CODE = ("distributed_c10d", "_functional_collectives", " in _wait_for")
+# The same, if they are the innermost: DDP waits in native code.
+WAITING_CALLS = ("_engine_run_backward", os.path.join("parallel", "distributed.py"), " in _verify_")
 
 
 @dataclass(frozen=True)
@@ -80,10 +88,37 @@ def find_stopped(pids: dict[int, int]) -> Message | None:
     return None
 
 
+def returned(ranks: set[int], where: str) -> Message:
+    """The failure of ranks that have returned while others wait for them. `where` they wait."""
+    error = "it has returned, but other ranks wait for it in a collective"
+    text = f"All ranks must make the same collective calls. Returned: {sorted(ranks)}.\n{where}"
+    return Message(min(ranks), "returned", error=error, traceback=text)
+
+
+def cpu_seconds(pids: dict[int, int]) -> dict[int, float]:
+    """{rank: CPU time that its process has used}, of the processes that still exist."""
+    used = {}
+    for rank, pid in pids.items():
+        with suppress(psutil.Error):
+            times = psutil.Process(pid).cpu_times()
+            used[rank] = times.user + times.system
+    return used
+
+
+def find_blocked(pids: dict[int, int], finished: set[int], folder: Path) -> Message | None:
+    """The failure of the `finished` ranks if all other ranks, `pids`, are blocked, or None."""
+    stacks = _dump_stacks(pids, folder)
+    if not stacks or not all(map(_is_waiting, stacks.values())):
+        return None
+    if _dump_stacks(pids, folder) != stacks or len(stacks) < len(pids):
+        return None
+    return returned(finished, "".join(_describe(rank, stacks[rank]) for rank in stacks))
+
+
 def enable_stack_dumps(folder: Path, rank: int) -> None:
-    """Prepare this process for `locate_hang`: on SIGUSR1 it writes its main thread's stack."""
+    """Prepare this process for `_dump_stacks`: on SIGUSR1 it writes its main thread's stack."""
     if hasattr(signal, "SIGUSR1"):
-        file = os.open(_stack_file(folder, rank), os.O_WRONLY | os.O_CREAT)
+        file = os.open(_stack_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         faulthandler.register(signal.SIGUSR1, file, all_threads=False)
 
 
@@ -93,26 +128,42 @@ def locate_hang(failure: Message, pids: dict[int, int], folder: Path) -> Message
     `pids`: those of the ranks that have not finished. If all of them wait, the failure keeps its
     rank.
     """
+    stacks = _dump_stacks(pids, folder)
+    busy = [rank for rank, stack in stacks.items() if not _is_waiting(stack)]
+    rank = busy[0] if busy else failure.rank
+    return replace(failure, rank=rank, traceback=_describe(rank, stacks.get(rank, "")))
+
+
+def _dump_stacks(pids: dict[int, int], folder: Path) -> dict[int, str]:
+    """{rank: stack of its main thread, innermost call first} of the ranks that have started."""
     # Without this file, the rank has not installed the handler yet, and the signal would kill it.
     ready = [rank for rank in sorted(pids) if _stack_file(folder, rank).exists()]
     for rank in ready:
+        os.truncate(_stack_file(folder, rank), 0)
         with suppress(OSError):  # The process has just ended.
             os.kill(pids[rank], signal.SIGUSR1)
     time.sleep(0.3)
-    stacks = {rank: _stack_file(folder, rank).read_text() for rank in ready}
-    busy = [rank for rank, stack in stacks.items() if not _is_waiting(stack)]
-    rank = busy[0] if busy else failure.rank
-    lines = stacks.get(rank, "").splitlines()
-    frames = list(takewhile(lambda line: WORKER_FRAME not in line, lines))
-    where = f"rank {rank} was still starting, or already ending."
-    if frames:
-        where = "\n".join([f"rank {rank} is here:", *frames])
-    return replace(failure, rank=rank, traceback=where + "\n")
+    return {rank: _stack_file(folder, rank).read_text() for rank in ready}
+
+
+def _describe(rank: int, stack: str) -> str:
+    """Where a rank is, without the frames of the worker that called its function."""
+    frames = list(takewhile(lambda line: WORKER_FRAME not in line, stack.splitlines()))
+    if not frames:
+        return f"rank {rank} was still starting, or already ending.\n"
+    return "\n".join([f"rank {rank} is here:", *frames, ""])
 
 
 def _is_waiting(stack: str) -> bool:
     """Whether a rank is blocked in a collective, or waits for slower ranks (async)."""
-    return "distributed_c10d" in stack or " in _wait_for" in stack
+    if any(code in stack for code in WAITING_CODE):
+        return True
+    innermost = re.search(r'File "(.*)", line (\d+) in .*', stack)
+    if innermost is None:
+        return False
+    is_call = any(call in innermost[0] for call in WAITING_CALLS)
+    # An asynchronous collective waits in native code, without a frame of its own.
+    return is_call or ".wait(" in linecache.getline(innermost[1], int(innermost[2]))
 
 
 def _stack_file(folder: Path, rank: int) -> Path:

@@ -23,7 +23,8 @@ from cnnlab.launch.processes import RANK_NAME, Env, prewarm
 from cnnlab.launch.worker import train_rank
 from cnnlab.recipe import CnnlabError, Recipe
 
-STOPPED_CHECK_S = 1.0  # between two checks whether a rank was stopped (SIGSTOP)
+CHECK_S = 1.0  # between two checks whether a rank was stopped (SIGSTOP) or all are blocked
+IDLE_CPU_S = 0.03  # CPU time that a blocked rank may use between two checks
 
 Say = Callable[[str], Any]
 Stop = threading.Event | None
@@ -132,6 +133,8 @@ class RankProcesses:
         self.inbox: queue.Queue[Message] = queue.Queue()
         self.pids: dict[int, int] = {}
         self.unfinished = set(range(world))  # Ranks that are neither done nor failed.
+        self.done: set[int] = set()
+        self.cpu_s: dict[int, float] = {}  # that each unfinished rank had used at the last check
         self.close_lock = threading.Lock()
         self.cancelled = threading.Event()  # Ranks that start from now on are killed.
         self.closed = threading.Event()  # Ranks that are done wait for it: see worker.main.
@@ -181,7 +184,7 @@ class RankProcesses:
     def events(self, stop: Stop = None, timeout: float | None = None) -> Iterator[Any]:
         """Yield what the ranks yield until all are done, one fails, or `stop` is set."""
         deadline = time.monotonic() + (timeout or math.inf)
-        next_check = time.monotonic() + STOPPED_CHECK_S
+        next_check = time.monotonic() + CHECK_S
         while self.unfinished:
             if stop is not None and stop.is_set():
                 return
@@ -193,8 +196,9 @@ class RankProcesses:
                     error = f"it did not finish within {timeout:g} s"
                     message = Message(min(self.unfinished), "late", error=error)
                 elif time.monotonic() > next_check:
-                    next_check = time.monotonic() + STOPPED_CHECK_S
-                    message = failures.find_stopped(self._unfinished_pids()) or message
+                    next_check = time.monotonic() + CHECK_S
+                    stopped = failures.find_stopped(self._unfinished_pids())
+                    message = stopped or self._find_blocked() or message
             if message is None:
                 continue
             match message.kind:
@@ -204,6 +208,7 @@ class RankProcesses:
                     self.say(message.content)
                 case "done":
                     self.unfinished.discard(message.rank)
+                    self.done.add(message.rank)
                 case "rejected":
                     raise CnnlabError(message.content)
                 case _:
@@ -213,6 +218,18 @@ class RankProcesses:
 
     def _unfinished_pids(self) -> dict[int, int]:
         return {rank: pid for rank, pid in list(self.pids.items()) if rank in self.unfinished}
+
+    def _find_blocked(self) -> Message | None:
+        """The failure of ranks that are done while all others wait for them, or None."""
+        pids = self._unfinished_pids()
+        before, self.cpu_s = self.cpu_s, failures.cpu_seconds(pids)
+        idle = [rank for rank in self.unfinished if self._is_idle(rank, before)]
+        if self.done and len(idle) == len(self.unfinished):
+            return failures.find_blocked(pids, self.done, self.folder)
+        return None
+
+    def _is_idle(self, rank: int, before: dict[int, float]) -> bool:
+        return rank in before and self.cpu_s.get(rank, math.inf) - before[rank] < IDLE_CPU_S
 
     def _root_cause(self, first: Message) -> Message:
         """The failure that came before all others; `first` is the one that was received first."""
@@ -225,11 +242,15 @@ class RankProcesses:
                 self.say(message.content)
             elif message.kind in ("done", "error"):
                 self.unfinished.discard(message.rank)
+            if message.kind == "done":
+                self.done.add(message.rank)
         reports = [message for message in messages if message.kind in failures.FAILURE_KINDS]
         cause = failures.root_cause(reports)
         if failures.is_collective_timeout(cause) and self.unfinished:
             error = f"it did not reach a collective within {worker.COLLECTIVE_TIMEOUT_S} s"
             cause = Message(min(self.unfinished), "late", error=error)
+        elif failures.is_collective_timeout(cause) and self.done:
+            return failures.returned(self.done, f"rank {cause.rank} was here:\n{cause.traceback}")
         if cause.kind == "late":
             return failures.locate_hang(cause, self._unfinished_pids(), self.folder)
         return cause

@@ -76,8 +76,14 @@ def main(connection: Connection, rank: int, world: int, folder: str) -> None:
 
 
 def call_once(rank: int, world: int, function: Callable, args: tuple) -> Iterator[tuple]:
-    """Yield one event: the rank, and the pickled value of function(*args)."""
-    yield rank, cloudpickle.dumps(function(*args))
+    """Yield one event: the rank, and the pickled value of function(*args), None after exit(0)."""
+    value = None
+    try:
+        value = function(*args)
+    except SystemExit as error:
+        if error.code:
+            raise
+    yield rank, cloudpickle.dumps(value)
 
 
 def train_rank(rank: int, world: int, recipe: Recipe, checkpoints: str | None) -> Iterator[Event]:
@@ -139,9 +145,10 @@ def check_runnable(recipe: Recipe, checkpoints: str | Path | None = None) -> Non
 
 
 def select_backend(recipe: Recipe, local_world: int) -> str:
-    """The backend of the process group: NCCL for GPU tensors if each rank has a GPU, else gloo."""
-    if recipe.device == "cuda" and torch.cuda.device_count() >= local_world:
-        return "cpu:gloo,cuda:nccl"  # NCCL does not communicate CPU tensors.
+    """The backend of the process group: the GPUs' own if each rank has a GPU, else gloo."""
+    backends = {"cuda": "nccl", "xpu": "xccl"}  # They do not communicate CPU tensors.
+    if recipe.device in backends and torch.accelerator.device_count() >= local_world:
+        return f"cpu:gloo,{recipe.device}:{backends[recipe.device]}"
     return "gloo"
 
 

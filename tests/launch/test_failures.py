@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from functools import partial
@@ -273,3 +274,65 @@ def test_a_timeout_while_the_rank_starts_or_ends_is_reported_as_such():
 
 def test_a_call_that_finishes_in_time_is_not_affected_by_its_timeout():
     assert ranks(lambda: 1, 2, timeout=60) == [1, 1]
+
+
+# A rank that has returned
+
+
+def skip_a_barrier(rank, world):
+    if rank == 1:
+        dist.barrier()
+    yield rank
+
+
+def train_on_fewer_batches(rank, world):
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    for _ in range(2 + rank):
+        model(torch.ones(1, 2)).sum().backward()
+    yield rank
+
+
+def wait_for_an_asynchronous_collective(rank, world):
+    if rank == 1:
+        work = dist.all_reduce(torch.ones(1), async_op=True)
+        work.wait()
+    yield rank
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system cannot dump stacks")
+@pytest.mark.parametrize(
+    "function",
+    [skip_a_barrier, train_on_fewer_batches, wait_for_an_asynchronous_collective],
+)
+def test_a_rank_that_has_returned_is_named_with_the_line_where_another_waits(function):
+    began = time.monotonic()
+    failed = failure_of(function, (), 2)
+    assert failed.rank == 0
+    assert failed.error == "it has returned, but other ranks wait for it in a collective"
+    assert "rank 1 is here:" in failed.traceback
+    assert f" in {function.__name__}" in failed.traceback
+    assert time.monotonic() - began < 4 + SLACK
+
+
+def test_after_a_collective_timeout_the_rank_that_has_returned_is_named(monkeypatch):
+    monkeypatch.setattr(worker, "COLLECTIVE_TIMEOUT_S", 0.5)
+    failed = failure_of(skip_a_barrier, (), 2)
+    assert (failed.rank, "rank 1 was here" in failed.traceback) == (0, True)
+
+
+def test_ranks_may_go_on_without_a_rank_that_has_returned():
+    def function(rank, world):
+        group = dist.new_group([1, 2])
+        if rank > 0:
+            time.sleep(4)
+            for _ in range(1000):
+                dist.all_reduce(torch.ones(1), group=group)
+        yield rank
+
+    assert sorted(launcher.stream(function, (), 3)) == [0, 1, 2]
+
+
+def test_a_rank_that_exits_successfully_has_returned_none():
+    assert ranks(sys.exit, 2, 0) == [None, None]
+    with pytest.raises(RankError, match="SystemExit: 3"):
+        ranks(sys.exit, 1, 3)
