@@ -68,6 +68,8 @@ class Speedup:
         return not self.low <= 1 <= self.high
 
     def __str__(self) -> str:
+        if not np.isfinite(self.high):
+            return f"{self.value:.2f}x the throughput of {self.baseline} (one run: no interval)"
         interval = f"95% CI {self.low:.2f} to {self.high:.2f}"
         if not self.significant:
             return f"no significant difference from {self.baseline} ({self.value:.2f}x, {interval})"

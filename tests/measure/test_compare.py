@@ -245,6 +245,7 @@ def test_the_table_names_its_baseline_and_the_speedups():
         (2, 1.5, 2.6, "2.00x faster than x (95% CI 1.50 to 2.60)"),
         (0.5, 0.4, 0.6, "slower than x (0.50x, 95% CI 0.40 to 0.60)"),
         (1.1, 0.9, 1.3, "no significant difference from x (1.10x, 95% CI 0.90 to 1.30)"),
+        (1.2, 0, float("inf"), "1.20x the throughput of x (one run: no interval)"),
     ],
 )
 def test_a_speedup_is_printed_with_its_interval(value, low, high, expected):
