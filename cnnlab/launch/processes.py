@@ -30,8 +30,8 @@ RANK_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
 }
-# Passed on, because the fork server may have been started before the user set them.
-DATA_VARIABLES = ("CNNLAB_DATA", "CNNLAB_MIRROR")
+# The environment variables that the fork server was started with. Ranks get later changes.
+server_environment: dict[str, str] = {}
 PRELOAD = ["torch", "torch.distributed.pipelining", "sklearn.datasets", "cnnlab.launch.worker"]
 
 
@@ -44,8 +44,13 @@ def prewarm() -> None:
     forkserver.set_forkserver_preload(PRELOAD)
     added = {name: value for name, value in RANK_ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
+    current = dict(os.environ)
+    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     try:
         forkserver.ensure_running()
+        if pid != forkserver._forkserver._forkserver_pid:  # type: ignore[attr-defined]
+            server_environment.clear()
+            server_environment.update(current)
     finally:
         for name in added:
             os.environ.pop(name, None)  # Another thread may have removed it already.
@@ -65,15 +70,23 @@ def start_rank(rank: int, world: int, folder: Path) -> tuple[Any, Connection]:
 
 def pack_job(function: Callable, args: tuple, backend: str | None, env: Env) -> bytes:
     """The pickled `worker.Job` for all ranks of a run."""
-    data_env = {name: os.environ[name] for name in DATA_VARIABLES if name in os.environ}
     job = worker.Job(
         call=cloudpickle.dumps((function, args)),
-        env={**data_env, **(env or {})},
+        env={**_environment_changes(), **(env or {})},
         cells=_notebook_cells(),
         backend=backend,
         timeout=worker.COLLECTIVE_TIMEOUT_S,
     )
     return cloudpickle.dumps(job)
+
+
+def _environment_changes() -> dict[str, str | None]:
+    """{name: value} of variables set since the fork server was started; None: deleted."""
+    changes: dict[str, str | None] = {}
+    for name in {*os.environ, *server_environment} - RANK_ENVIRONMENT.keys():
+        if os.environ.get(name) != server_environment.get(name):
+            changes[name] = os.environ.get(name)
+    return changes
 
 
 def kill_groups(pids: Iterable[int]) -> None:

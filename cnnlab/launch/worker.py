@@ -176,7 +176,11 @@ def _set_up(job: "Job", channel: "Channel", rank: int, world: int, folder: Path)
     """Everything a rank needs before the user's function is unpickled and called."""
     # Temporary files of Python and cnnlab disappear with the run's folder.
     multiprocessing.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
-    os.environ.update(job.env)
+    for name, value in job.env.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world)
     linecache.cache.update(job.cells)
@@ -223,7 +227,7 @@ class Job:
     """What the notebook sends to each rank."""
 
     call: bytes  # the pickled generator function and its arguments
-    env: dict[str, str]
+    env: dict[str, str | None]  # None: the variable is deleted
     cells: dict[str, tuple]  # linecache entries of notebook cells, for tracebacks
     backend: str | None  # of the process group; None: there is none
     timeout: float  # of a collective, in seconds

@@ -109,6 +109,20 @@ def test_the_environment_reaches_the_ranks():
     assert "CNNLAB_GREETING" not in os.environ
 
 
+def test_later_changes_of_the_environment_reach_the_ranks(monkeypatch):
+    def read():
+        return os.environ.get("CNNLAB_GREETING"), os.environ.get("PATH")
+
+    ranks(int, 1)  # The fork server runs.
+    path = os.environ["PATH"]
+    monkeypatch.setenv("CNNLAB_GREETING", "hello")
+    monkeypatch.delenv("PATH")
+    assert ranks(read, 1) == [("hello", None)]
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.delenv("CNNLAB_GREETING")
+    assert ranks(read, 1) == [(None, path)]
+
+
 def test_a_closure_can_be_run():
     secret = 7
 
