@@ -88,9 +88,11 @@ class Doctor:
         print("measuring ...", end="\r", file=sys.stderr)
         here = machine.describe()
         peaks = measure_peaks()
-        print("\n".join(doctor_lines(here, peaks)))
+        gpu_peaks = measure_peaks(here.accelerator) if here.accelerators else {}
+        print("\n".join(doctor_lines(here, peaks, gpu_peaks)))
         if self.json:
             result = {"machine": here.to_dict(), "versions": here.versions, "peaks": peaks}
+            result["gpu_peaks"] = gpu_peaks
             record.write_json(self.json, result)
 
 

@@ -89,25 +89,38 @@ def prediction_lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"{name:24} {value!s:12} {assumption['origin']}"
 
 
-def doctor_lines(here: machine.Machine, peaks: dict[str, float]) -> Iterator[str]:
-    """What this machine can do, what it lacks, and why. `peaks`: as measured."""
-    emulated = [name for name, native in here.hardware.items() if not native]
+def doctor_lines(
+    here: machine.Machine, peaks: dict[str, float], gpu_peaks: dict[str, float]
+) -> Iterator[str]:
+    """What this machine can do, what it lacks, and why. Peaks: as measured, {} without a GPU."""
+    native = [name for name, found in here.hardware.items() if found]
+    emulated = [name for name, found in here.hardware.items() if found is False]
+    unknown = [name for name, found in here.hardware.items() if found is None]
+    gpus = [
+        f"{gpu.name} (device={gpu.device!r}, {gpu.memory_gib} GiB, "
+        f"capability {gpu.capability or 'unknown'})"
+        for gpu in here.accelerators
+    ]
     rows: dict[str, Any] = {
         "processor": here.name,
         "system": here.system,
-        "cores": here.cores,
+        "cores": f"{here.physical_cores or 'unknown'} physical, {here.logical_cores} logical, "
+        f"{here.cores} usable",
         "memory": f"{here.memory_gib} GiB",
         "instruction sets": ", ".join(here.units) or "none known",
-        "GPUs": ", ".join(here.gpus) or "none",
+        "GPUs": "; ".join(gpus) or "none",
         "C++ compiler": here.compiler or "none",
-        "in hardware": ", ".join(name for name in here.hardware if name not in emulated),
+        "in hardware": ", ".join(native),
         "emulated": ", ".join(emulated) or "none",
+        "unknown": ", ".join(unknown) or "none",
         **here.versions,
     }
-    for name, value in peaks.items():
-        if name != "copy":
-            rows[f"peak {name}"] = f"{value / 1e9:,.0f} GFLOP/s measured"
-    rows["copy bandwidth"] = f"{peaks['copy'] / 1e9:.1f} GB/s measured (reads and writes)"
+    for prefix, measured in (("", peaks), ("GPU ", gpu_peaks)):
+        for name, value in measured.items():
+            if name == "copy":
+                rows[f"{prefix}copy bandwidth"] = f"{value / 1e9:,.1f} GB/s (reads and writes)"
+            else:
+                rows[f"{prefix}peak {name}"] = f"{value / 1e9:,.0f} GFLOP/s measured"
     for name, value in rows.items():
         yield f"{name:24} {value}"
     for name, reason in here.missing.items():

@@ -5,13 +5,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
-from cnnlab.recipe import SHARDED, Precision, Recipe
+from cnnlab.recipe import SHARDED, Device, Precision, Recipe
 
 PRECISIONS = get_args(Precision)
 
@@ -40,26 +41,33 @@ def describe() -> "Machine":
 
     capabilities = torch.cpu.get_capabilities()
     flags = {name for name, value in capabilities.items() if value is True}
-    # Without oneDNN, as on macOS, torch's convolutions do not use these instructions.
-    onednn = torch.backends.mkldnn.is_available()
-    bf16 = onednn and bool(flags & BF16_FLAGS)
-    fp16 = onednn and bool(flags & FP16_FLAGS)
+    bf16, fp16 = (_in_hardware(capabilities, names) for names in (BF16_FLAGS, FP16_FLAGS))
     hardware = {"fp32": True, "bf16": bf16, "fp16": fp16}
-    gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = tuple(torch.cuda.get_device_name(number) for number in range(gpu_count))
+    accelerators = _accelerators()
     compiler = _find_compiler()
     return Machine(
         name=_cpu_name(capabilities),
         system=f"{platform.system()} {platform.machine()}",
         cores=cores(),
+        physical_cores=psutil.cpu_count(logical=False),
+        logical_cores=psutil.cpu_count(),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         units=tuple(name for name, flag in INSTRUCTION_SETS.items() if flag in flags),
-        gpus=gpus,
+        gpus=tuple(found.name for found in accelerators if found.device == "cuda"),
+        accelerators=accelerators,
         compiler=compiler,
         hardware=hardware,
-        missing=_missing(hardware, gpus, compiler),
+        missing=_missing(hardware, accelerators, compiler),
         versions=versions(),
     )
+
+
+def accelerator() -> str:
+    """The kind of GPU that torch finds: "cuda" (NVIDIA or AMD), "mps", "xpu"; "cpu" without one."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found is not None and found.type in get_args(Device) else "cpu"
 
 
 def cores() -> int:
@@ -92,25 +100,86 @@ def versions() -> dict[str, str]:
 
 def missing_for(recipe: Recipe) -> list[str]:
     """One sentence for each thing that `recipe` needs and this machine lacks."""
-    needed = []
-    if recipe.device == "cuda":
+    here, device, needed = describe(), recipe.device, []
+    if device == "cuda":
         needed.append("NVIDIA GPU")
     if recipe.compiler != "eager" and recipe.device == "cpu":
         needed.append("C++ compiler")
-    missing = describe().missing
+    missing = here.missing
     sentences = [f"{name} missing: {missing[name]}" for name in needed if name in missing]
-    gpus = len(describe().gpus)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", recipe.ranks))  # here, under torchrun
-    if recipe.device == "cuda" and recipe.strategy in SHARDED and 0 < gpus < ranks:
+    gpus = [found for found in here.accelerators if found.device == device]
+    if device in ("mps", "xpu") and not gpus:
         sentences.append(
-            f"strategy={recipe.strategy!r} with device='cuda' needs a GPU for each of its {ranks} "
-            f"ranks, and there are {gpus}. Use fewer ranks, device='cpu' or strategy='ddp'."
+            f"device={device!r} is not available: torch ({here.versions['torch']}) finds none. "
+            f"Use device={here.accelerator!r}."
+        )
+    if gpus and recipe.precision == "tf32" and "tf32" not in gpus[0].precisions:
+        sentences.append(
+            f"precision='tf32' needs an NVIDIA GPU from Ampere on, and this is {gpus[0].name}. "
+            "Use precision='fp16'."
+        )
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", recipe.ranks))  # here, under torchrun
+    # gloo, which lets several ranks share a GPU, knows CUDA only.
+    one_each = recipe.strategy in SHARDED or device == "xpu"
+    if one_each and 0 < len(gpus) < ranks:
+        sentences.append(
+            f"strategy={recipe.strategy!r} with device={device!r} needs a GPU for each of its "
+            f"{ranks} ranks, and there are {len(gpus)}. Use fewer ranks, device='cpu' or "
+            "strategy='ddp'."
         )
     if recipe.strategy == "async" and os.name != "posix":
         sentences.append("strategy='async' needs POSIX file locks. Use Linux or macOS.")
     if recipe.memory_limit_mib and recipe.device == "cpu" and sys.platform != "linux":
-        sentences.append("memory_limit_mib needs Linux or device='cuda'. Use None.")
+        sentences.append("memory_limit_mib needs Linux or a GPU of NVIDIA, AMD or Intel. Use None.")
     return sentences
+
+
+def _in_hardware(capabilities: Mapping[str, Any], flags: set[str]) -> bool | None:
+    """Whether torch uses one of these instructions; None if the system does not tell."""
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        return False  # without oneDNN, as on macOS, torch's convolutions do not use them
+    if not flags & capabilities.keys():
+        return None
+    return any(capabilities.get(flag) for flag in flags)
+
+
+def _accelerators() -> tuple["Accelerator", ...]:
+    import torch
+
+    device = accelerator()
+    if device == "cpu":
+        return ()
+    if device == "mps":  # has no properties to ask for
+        gib = torch.mps.recommended_max_memory() / 2**30
+        gpu = Accelerator(
+            device="mps",
+            name=f"{_cpu_name({})} GPU",
+            memory_gib=round(gib, 1),
+            capability="",
+            precisions=("fp32", "fp16"),
+        )
+        return (gpu,)
+    found = []
+    for number in range(torch.accelerator.device_count()):
+        properties = torch.get_device_module(device).get_device_properties(number)
+        capability, precisions = "", ("fp32", "bf16", "fp16")
+        if device == "cuda" and torch.version.hip:
+            capability = properties.gcnArchName
+        elif device == "cuda":
+            capability = f"{properties.major}.{properties.minor}"
+            ampere = properties.major >= 8  # older GPUs emulate bf16 and have no TF32
+            precisions = PRECISIONS if ampere else ("fp32", "fp16")
+        gpu = Accelerator(
+            device=device,
+            name=properties.name,
+            memory_gib=round(properties.total_memory / 2**30, 1),
+            capability=capability,
+            precisions=precisions,
+        )
+        found.append(gpu)
+    return tuple(found)
 
 
 def _cpu_name(capabilities: Mapping[str, Any]) -> str:
@@ -126,28 +195,59 @@ def _find_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def _missing(hardware: dict[str, bool], gpus: tuple[str, ...], compiler: str | None) -> dict:
+def _compile_obstacle() -> str | None:
+    """Why torch.compile fails although there is a compiler, or None."""
+    import torch
+
+    temporary = tempfile.gettempdir()
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", temporary)
+    if os.name == "posix":  # torch.compile does not quote these paths (pytorch pull 191010)
+        if " " in torch.__path__[0]:
+            return (
+                f"cannot link with torch in a folder whose path has a space, {torch.__path__[0]}. "
+                "Install torch into an environment in another folder."
+            )
+        if " " in temporary:
+            return f"cannot work in {temporary}, because of the space. Set TMPDIR to another folder."
+    if os.path.exists(cache) and hasattr(os, "ST_NOEXEC"):
+        if os.statvfs(cache).f_flag & os.ST_NOEXEC:
+            return f"code in {cache} must not run (noexec). Set TMPDIR to another folder."
+    return None
+
+
+def _missing(
+    hardware: Mapping[str, bool | None],
+    accelerators: tuple["Accelerator", ...],
+    compiler: str | None,
+) -> dict[str, str]:
     """{missing capability: what it would take}."""
     import torch
 
     missing = {}
-    if not gpus:
+    if not any(found.device == "cuda" for found in accelerators):
         cause = "its driver is not installed or too old for this torch"
-        if not torch.version.cuda:
+        if not (torch.version.cuda or torch.version.hip):
             cause = f"this torch ({torch.__version__}) was built without CUDA"
         missing["NVIDIA GPU"] = (
             f"torch finds none. Either the machine has none, or {cause}. GPU lessons show recorded "
             "runs. To run them live, use Colab, or an NVIDIA GPU and a CUDA build of torch."
         )
-    if len(gpus) < 2:
+    if len(accelerators) < 2:
         missing["second GPU"] = "runs on several GPUs need a machine with at least two."
     if not compiler:
         missing["C++ compiler"] = (
             "torch.compile generates C++ for the CPU and needs g++ or clang++. Use "
             "apt install g++, xcode-select --install, or conda install cxx-compiler."
         )
+    elif obstacle := _compile_obstacle():
+        missing["C++ compiler"] = obstacle
     for precision in ("bf16", "fp16"):
-        if not hardware[precision]:
+        if hardware[precision] is None:
+            missing[f"{precision} units"] = (
+                f"unknown, because the system does not tell whether this CPU computes {precision} "
+                "in hardware. Compare the measured peaks of fp32 and of this format."
+            )
+        elif not hardware[precision]:
             missing[f"{precision} units"] = (
                 f"this CPU emulates {precision}, so it is likely to be slow. Some chips with AMX, "
                 "AVX-512, or ARM instructions compute it in hardware."
@@ -156,19 +256,39 @@ def _missing(hardware: dict[str, bool], gpus: tuple[str, ...], compiler: str | N
 
 
 @dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """A GPU."""
+
+    device: str  # of a recipe that uses it: "cuda", "mps" or "xpu"
+    name: str
+    memory_gib: float  # on Apple's chips, what the system recommends as the most
+    capability: str  # compute capability (NVIDIA), architecture (AMD), or ""
+    precisions: tuple[str, ...]  # that it computes in hardware
+
+
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """What `describe()` found."""
 
     name: str  # of the processor
     system: str  # operating system and architecture
-    cores: int  # that this process may use
+    cores: int  # logical ones that this process may use
     memory_gib: float
     units: tuple[str, ...]  # vector and matrix instruction sets of the CPU
-    gpus: tuple[str, ...]
+    gpus: tuple[str, ...]  # names of those with device="cuda"
     compiler: str | None  # path of the C++ compiler that torch.compile would use
-    hardware: dict[str, bool]  # precision: supported by the CPU (otherwise emulated and slow)
+    # Precision: supported by the CPU. False: emulated and slow; None: the system does not tell.
+    hardware: dict[str, bool | None]
     missing: dict[str, str]  # missing capability: what it would take
     versions: dict[str, str]
+    accelerators: tuple[Accelerator, ...] = ()  # all of the kind that torch uses
+    physical_cores: int | None = None  # of the machine; None if unknown
+    logical_cores: int | None = None
+
+    @property
+    def accelerator(self) -> str:
+        """The device of its GPUs; "cpu" without one."""
+        return self.accelerators[0].device if self.accelerators else "cpu"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-safe values."""

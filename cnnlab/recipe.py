@@ -13,7 +13,7 @@ Data = Literal["digits", "fashion-mnist", "cifar10", "synthetic", "photos"]
 Augment = Literal["none", "shift", "crop"]
 Optimizer = Literal["sgd", "adam"]
 Schedule = Literal["constant", "cosine"]
-Device = Literal["cpu", "cuda"]
+Device = Literal["cpu", "cuda", "mps", "xpu"]
 Loader = Literal["sample", "batch"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
@@ -55,7 +55,7 @@ class Recipe:
     seed: int = 0  # seed of the initial weights, the order of the images, and the augmentation
     evaluate: bool = True  # measure held-out accuracy after each epoch and at the end
 
-    device: Device = "cpu"  # device of the model
+    device: Device = "cpu"  # of the model; cuda: NVIDIA or AMD, mps: Apple, xpu: Intel
     threads: int | None = None  # CPU threads per rank; None: the cores divided among the ranks
     loader: Loader = "sample"  # sample: load one by one and collate; batch: index whole batches
     loader_workers: int = 0  # loader processes per rank; 0: load in the training process
@@ -267,6 +267,13 @@ def _check_device_and_data(recipe: Recipe) -> None:
     if recipe.device != "cpu" and (recipe.latency_ms or recipe.bandwidth_mbit):
         raise CnnlabError(
             "latency_ms and bandwidth_mbit need device='cpu': GPU transfers cannot be delayed."
+        )
+    single = recipe.ranks == 1 and recipe.strategy is None and recipe.memory_limit_mib is None
+    if recipe.device == "mps" and not single:
+        raise CnnlabError(
+            "device='mps' trains in one process without a memory limit, because torch has no "
+            "communication between ranks there. Use replicas=1, strategy=None and "
+            "memory_limit_mib=None, or device='cpu'."
         )
     if recipe.device != "cuda" and recipe.precision == "tf32":
         raise CnnlabError(

@@ -21,8 +21,11 @@ PARTS = {
 }
 SUGGESTIONS = {  # for each part of a step, the techniques that shorten it
     "loader": ("loader workers", "whole-batch loader"),
-    "arithmetic": ("threads", "GPU", "bf16", "channels_last"),
-    "memory": ("threads", "GPU", "bf16", "channels_last", "pooling before ReLU", "torch.compile"),
+    "arithmetic": ("threads", "GPU", "bf16", "fp16", "channels_last"),
+    "memory": (
+        *("threads", "GPU", "bf16", "fp16", "channels_last"),
+        *("pooling before ReLU", "torch.compile"),
+    ),
     "launch": ("torch.compile", "larger batch"),
     "communication": ("micro-batches", "larger batch"),
 }

@@ -28,12 +28,13 @@ CPU_RUNGS = (
     "torch.compile",
 )
 GPU_RUNGS: dict[str, Changes] = {  # from plain fp32: what paid off on the CPU is tried again
-    "GPU": {"device": "cuda", "precision": "fp32", "memory_format": "contiguous"},
-    "TF32 on the GPU": {"device": "cuda", "precision": "tf32"},
-    "channels_last on the GPU": {"device": "cuda", "memory_format": "channels_last"},
-    "bf16 on the GPU": {"device": "cuda", "precision": "bf16"},
+    "GPU": {"precision": "fp32", "memory_format": "contiguous"},
+    "TF32 on the GPU": {"precision": "tf32"},
+    "channels_last on the GPU": {"memory_format": "channels_last"},
+    "bf16 on the GPU": {"precision": "bf16"},
+    "fp16 on the GPU": {"precision": "fp16"},
     RETRY_PREFIX + "whole-batch loader": {"loader": "batch"},
-    "torch.compile on the GPU": {"device": "cuda", "compiler": "inductor"},
+    "torch.compile on the GPU": {"compiler": "inductor"},
 }
 
 
@@ -80,21 +81,27 @@ def techniques(here: Machine) -> tuple[dict[str, Changes], dict[str, str]]:
     for name in CPU_RUNGS:
         technique = TECHNIQUES[name.removeprefix(RETRY_PREFIX)]
         reason = technique.why_not(here)
-        if here.gpus and technique.needs == "C++ compiler":
+        if here.accelerators and technique.needs == "C++ compiler":
             reason = "it is tried on the GPU"
         if reason:
             why_not[name] = reason
         else:
             rungs[name] = technique.changes_for(baseline_recipe(Recipe()), here)
-    if here.gpus:
-        rungs |= GPU_RUNGS
-    else:
+    if not here.accelerators:
         why_not["GPU"] = here.missing["NVIDIA GPU"]
-    replicas = len(here.gpus) or here.cores
+    for name, change in GPU_RUNGS.items() if here.accelerators else ():
+        gpu, precision = here.accelerators[0], change.get("precision", "fp32")
+        if precision not in gpu.precisions:
+            why_not[name] = f"{gpu.name} does not compute {precision} in hardware"
+        elif "loader" in change:
+            rungs[name] = change
+        else:
+            rungs[name] = {"device": gpu.device, **change}
+    replicas = len(here.accelerators) or here.cores
     if replicas > 1:
         rungs["replicas"] = {"replicas": replicas, "threads": None}
     else:
-        why_not["replicas"] = here.missing["second GPU"] if here.gpus else ONE_CORE
+        why_not["replicas"] = here.missing["second GPU"] if here.accelerators else ONE_CORE
     return rungs, why_not
 
 

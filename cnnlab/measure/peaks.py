@@ -11,7 +11,7 @@ from torch import bfloat16, float16, float32
 from torch.nn.functional import conv2d
 from torch.utils.benchmark import set_torch_threads, timer
 
-from cnnlab.machine import PRECISIONS, cores
+from cnnlab.machine import cores, describe
 
 DTYPES = {"fp32": float32, "tf32": float32, "bf16": bfloat16, "fp16": float16}
 Rate = tuple[float, float, float]  # per second: (median, first quartile, third quartile)
@@ -62,15 +62,16 @@ def copy_bandwidth(device: str = "cpu", threads: int | None = None, mib: int = 2
 
 def peaks(device: str = "cpu") -> dict[str, float]:
     """The measured roofline: {precision: FLOP/s} and 'copy': bytes/s, all medians."""
-    names = PRECISIONS if device == "cuda" else ("fp32", "bf16", "fp16")
-    size = 8192 if device == "cuda" else 1024
+    on_cpu = device == "cpu"
+    names = ("fp32", "bf16", "fp16") if on_cpu else describe().accelerators[0].precisions
+    size = 1024 if on_cpu else 8192
     measured = {name: peak_flops(name, device, size=size)[0] for name in names}
     return {**measured, "copy": copy_bandwidth(device)[0]}
 
 
 def _rate(work: float, function: Callable[[], Any], device: str, threads: int | None) -> Rate:
     """`work` per second of a call."""
-    calls = 10 if device == "cuda" else 1  # of a GPU's short calls, to amortize synchronization
+    calls = 1 if device == "cpu" else 10  # of a GPU's short calls, to amortize synchronization
     with set_torch_threads(threads or cores()):
         time_call(function, calls)  # allocates, and chooses algorithms
         times: list[float] = []

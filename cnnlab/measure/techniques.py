@@ -20,6 +20,22 @@ def use_idle_cores(recipe: Recipe, machine: Machine) -> Changes:
     return {"threads": cores}
 
 
+def use_gpu(recipe: Recipe, machine: Machine) -> Changes:
+    """The GPU; {} without one, or for several ranks on Apple's, which cannot communicate."""
+    device = machine.accelerator
+    several = recipe.ranks > 1 or recipe.strategy is not None
+    if recipe.device != "cpu" or device == "cpu" or (device == "mps" and several):
+        return {}
+    return {"device": device}
+
+
+def use_fp16(recipe: Recipe, machine: Machine) -> Changes:
+    """fp16 instead of fp32 or TF32; {} where a strategy does not support it."""
+    if recipe.precision not in PLAIN or recipe.strategy not in (None, "ddp"):
+        return {}
+    return {"precision": "fp16"}
+
+
 def add_loader_worker(recipe: Recipe, machine: Machine) -> Changes:
     """One worker more; {} for data that is in memory and needs no decoding."""
     return {"loader_workers": recipe.loader_workers + 1} if recipe.data == "photos" else {}
@@ -44,7 +60,7 @@ class Technique:
     changes: Changes | Callable[[Recipe, Machine], Changes]
     why: str  # as advice: "Try next: ..."
     needs: str = ""  # "several cores", or a capability as `Machine.missing` names it
-    hardware: str = ""  # a precision that is slow on CPUs that emulate it
+    hardware: str = ""  # a precision that is slow where it is emulated
 
     def changes_for(self, recipe: Recipe, machine: Machine) -> Changes:
         return self.changes(recipe, machine) if callable(self.changes) else self.changes
@@ -57,8 +73,10 @@ class Technique:
 
     def suits(self, recipe: Recipe, machine: Machine) -> bool:
         """Whether the recipe does without it, and this machine is likely to run it fast."""
-        emulated = recipe.device == "cpu" and not machine.hardware.get(self.hardware, True)
-        if emulated or self.why_not(machine):
+        in_hardware: Any = machine.hardware.get(self.hardware, True)
+        if recipe.device != "cpu" and self.hardware and machine.accelerators:
+            in_hardware = self.hardware in machine.accelerators[0].precisions
+        if not in_hardware or self.why_not(machine):
             return False
         if callable(self.changes):
             return bool(self.changes(recipe, machine))
@@ -69,11 +87,16 @@ TECHNIQUES = {
     "threads": Technique(
         changes=use_idle_cores, why="more threads, because cores are idle", needs="several cores"
     ),
-    "GPU": Technique(changes={"device": "cuda"}, why="the GPU", needs="NVIDIA GPU"),
+    "GPU": Technique(changes=use_gpu, why="the GPU"),
     "bf16": Technique(
         changes={"precision": "bf16"},
         why="bf16, which halves memory traffic and uses Tensor Cores or AMX where available",
         hardware="bf16",
+    ),
+    "fp16": Technique(
+        changes=use_fp16,
+        why="fp16, the 16-bit format of Apple's GPUs and of NVIDIA's before Ampere",
+        hardware="fp16",
     ),
     "channels_last": Technique(
         changes={"memory_format": "channels_last"},

@@ -31,7 +31,7 @@ def wrap_ddp(model: nn.Module, recipe: Recipe, device: torch.device, clock: Any)
     if recipe.compression == "powersgd":
         bucket_mb = 2**20  # one bucket, because PowerSGD fails with several on gloo
         state = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2)
-    device_ids = [device.index] if device.type == "cuda" else None
+    device_ids = [device.index] if device.type != "cpu" else None
     ddp = nn.parallel.DistributedDataParallel(model, device_ids, bucket_cap_mb=bucket_mb)
     hook = COMPRESSION_HOOKS[recipe.compression]
 

@@ -34,7 +34,10 @@ Runs = Mapping[str, Sequence[Event]]  # the events so far of each run, by its la
 
 def machine_label(machine: Mapping[str, Any]) -> str:
     """A machine, as in JSON, in a few words: processor, cores, GPUs."""
-    return ", ".join([machine["name"], f"{machine['cores']} cores", *machine["gpus"]])
+    cores, physical = f"{machine['cores']} cores", machine.get("physical_cores")
+    if physical and physical < machine["cores"]:
+        cores = f"{physical} cores ({machine['cores']} logical)"
+    return ", ".join([machine["name"], cores, *machine["gpus"]])
 
 
 def color_of(number: int) -> str:

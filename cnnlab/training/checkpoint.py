@@ -163,7 +163,8 @@ def _load(path: Path, recipe: Recipe, state: TrainState) -> int:
     except (Exception, CheckpointException) as error:
         raise _cannot_load(path, error) from None
     for name in rng_states:  # none if the saved run did not have this rank
-        generator = torch.cuda if "cuda" in name else torch
+        [_, *device, _] = name.split("-")  # "random-0" or "random-cuda-0"
+        generator: Any = torch.get_device_module(*device) if device else torch
         generator.set_rng_state(values[name])
     return values["step"]
 
@@ -183,8 +184,9 @@ def _parts(state: TrainState) -> dict[str, Any]:
 def _rng_states(recipe: Recipe) -> dict[str, torch.Tensor]:
     """The states of this rank's random number generators, by their names in a checkpoint."""
     states = {f"random-{_rank()}": torch.get_rng_state()}
-    if recipe.device == "cuda":
-        states[f"random-cuda-{_rank()}"] = torch.cuda.get_rng_state()
+    if recipe.device != "cpu":
+        gpus: Any = torch.get_device_module(recipe.device)
+        states[f"random-{recipe.device}-{_rank()}"] = gpus.get_rng_state()
     return states
 
 

@@ -12,8 +12,8 @@ import torch
 
 def synchronize(device: torch.device) -> None:
     """Wait until a GPU has executed its queue: kernel launches return before the kernels end."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class Clock:
@@ -107,8 +107,8 @@ class Clock:
 
 def peak_memory_mib(device: torch.device) -> float:
     """Peak memory so far: allocated by torch on a GPU, else resident, including libraries."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device) / 2**20
     if os.name == "nt":
         import psutil
 

@@ -131,8 +131,8 @@ def select_device(recipe: Recipe, rank: int) -> torch.device:
     if recipe.device == "cpu":
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)  # the default GPU of NCCL and of "cuda" without an index
+    device = torch.device(recipe.device, local_rank % torch.accelerator.device_count())
+    torch.accelerator.set_device_index(device)  # the default GPU of NCCL and of "cuda"
     return device
 
 
@@ -196,7 +196,8 @@ def evaluate(
     elif replicas > 1:
         data_parallel.broadcast_buffers(network, state.data_group)
     network.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    totals = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    totals = totals.to(device)
     # Equally many batches in all replicas, because the forward pass of FSDP is collective.
     count = ceil(len(dataset) / replicas / 512)
     batches = [tensor[replica::replicas].tensor_split(count) for tensor in dataset.tensors]

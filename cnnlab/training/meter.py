@@ -134,7 +134,7 @@ class Meter:
         warm = self.warm if self.warm.images < self.last.images else self.start
         timed = self.last.since(warm)
         steps = max(1, timed.steps)  # other ranks may have left an asynchronous one nothing to do
-        on_gpu = self.clock.device.type == "cuda"
+        on_gpu = self.clock.device.type != "cpu"
         return Finished(
             rank=self.rank,
             steps=self.step,

@@ -74,9 +74,10 @@ def limit_memory(recipe: Recipe) -> None:
     if "RANK" not in os.environ:
         raise CnnlabError("memory_limit_mib needs processes of its own. Use cnnlab.run(recipe).")
     limit = recipe.memory_limit_mib * 2**20
-    if recipe.device == "cuda":
-        _, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+    if recipe.device != "cpu":
+        _, total = torch.accelerator.get_memory_info()
+        gpus: Any = torch.get_device_module(recipe.device)
+        gpus.set_per_process_memory_fraction(min(1.0, limit / total))
         return
     import resource  # not on Windows
 

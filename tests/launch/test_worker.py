@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cnnlab.events import Progress, Started
 from cnnlab.launch import launcher
 from cnnlab.launch.launcher import RankError, ranks
-from cnnlab.launch.worker import train_under_torchrun
+from cnnlab.launch.worker import select_backend, train_under_torchrun
 from cnnlab.model import SmallCNN
 from cnnlab.recipe import CnnlabError, Recipe
 
@@ -142,6 +142,25 @@ def test_ddp_models_that_outlive_their_process_group_do_not_hang(tmp_path):
         return "all done"
 
     assert ranks(cycles, 2, timeout=60) == ["all done"] * 2
+
+
+# What a rank cannot do
+
+
+@pytest.mark.parametrize(
+    "source", ["input()", "breakpoint()", "import pdb; pdb.set_trace(); print()"]
+)
+def test_asking_for_input_is_rejected_with_advice(source):
+    with pytest.raises(CnnlabError, match="do not work in a rank.*by calling it in the notebook"):
+        ranks(exec, 2, source)
+
+
+def test_a_generator_function_is_rejected_with_advice():
+    def function():
+        yield 1
+
+    with pytest.raises(CnnlabError, match="returned a generator.*Return a list instead"):
+        ranks(function, 2)
 
 
 # Output
@@ -315,3 +334,18 @@ def test_invalid_requests_under_torchrun_are_rejected_before_ranks_connect(
     monkeypatch.setattr("cnnlab.machine.missing_for", lambda recipe: missing)
     with pytest.raises(CnnlabError, match="NVIDIA GPU missing"):
         next(train_under_torchrun(Recipe(replicas=2)))
+
+
+@pytest.mark.parametrize(
+    "device, gpus, backend",
+    [
+        ("cpu", 8, "gloo"),
+        ("cuda", 2, "cpu:gloo,cuda:nccl"),
+        ("cuda", 1, "gloo"),
+        ("xpu", 2, "cpu:gloo,xpu:xccl"),
+    ],
+)
+def test_the_backend_is_that_of_the_gpus_if_each_rank_has_one(device, gpus, backend, monkeypatch):
+    """With a torch that claims to have such GPUs; nothing runs on them."""
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: gpus)
+    assert select_backend(Recipe(device=device, replicas=2), 2) == backend

@@ -136,7 +136,7 @@ def test_the_advice_is_a_change_that_the_recipe_does_not_have_yet(
 def test_the_advice_is_one_that_this_machine_can_follow(bound, lacking, expected, monkeypatch):
     here = replace(
         MACHINE,
-        hardware={"bf16": "bf16" not in lacking},
+        hardware={"bf16": "bf16" not in lacking, "fp16": False},
         missing={**MACHINE.missing, **dict.fromkeys(lacking, "it is not here")},
     )
     monkeypatch.setattr(machine, "describe", lambda: here)
@@ -144,11 +144,36 @@ def test_the_advice_is_one_that_this_machine_can_follow(bound, lacking, expected
 
 
 def test_a_gpu_is_suggested_where_there_is_one(monkeypatch):
-    with_gpu = replace(MACHINE, gpus=("A",), missing={}, hardware={"bf16": False})
+    with_gpu = machine_with_gpu("cuda", machine.PRECISIONS)
     monkeypatch.setattr(machine, "describe", lambda: with_gpu)
     assert suggest_next(SMALL.replace(threads=None), "arithmetic")[1] == {"device": "cuda"}
     on_gpu = SMALL.replace(device="cuda")  # has bf16 whatever the CPU has
     assert suggest_next(on_gpu, "arithmetic")[1] == {"precision": "bf16"}
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_fp16_is_suggested_for_a_gpu_without_bf16(device, monkeypatch):
+    older = machine_with_gpu(device, ("fp32", "fp16"))
+    monkeypatch.setattr(machine, "describe", lambda: older)
+    assert suggest_next(SMALL.replace(threads=None), "arithmetic")[1] == {"device": device}
+    on_gpu = SMALL.replace(device=device)
+    assert suggest_next(on_gpu, "arithmetic")[1] == {"precision": "fp16"}
+    after = suggest_next(on_gpu.replace(precision="fp16"), "arithmetic")[1]
+    assert after == {"memory_format": "channels_last"}
+
+
+def test_several_ranks_are_not_sent_to_an_apple_gpu(monkeypatch):
+    monkeypatch.setattr(machine, "describe", lambda: machine_with_gpu("mps", ("fp32", "fp16")))
+    several = SMALL.replace(threads=None, replicas=2)
+    assert "device" not in suggest_next(several, "arithmetic")[1]
+
+
+def machine_with_gpu(device, precisions):
+    gpu = machine.Accelerator(
+        device=device, name="A", memory_gib=8.0, capability="", precisions=precisions
+    )
+    hardware = {"bf16": False, "fp16": False}  # of the CPU
+    return replace(MACHINE, accelerators=(gpu,), missing={}, hardware=hardware)
 
 
 MACHINE = machine.Machine(
@@ -159,7 +184,7 @@ MACHINE = machine.Machine(
     units=(),
     gpus=(),
     compiler="g++",
-    hardware={"bf16": True},
+    hardware={"bf16": True, "fp16": False},
     missing={"NVIDIA GPU": "none here"},
     versions={},
 )

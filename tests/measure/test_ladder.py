@@ -12,6 +12,7 @@ import pytest
 from cnnlab import machine
 from cnnlab.events import Finished
 from cnnlab.launch import launcher
+from cnnlab.machine import Accelerator
 from cnnlab.measure.compare import Measurement, speedup
 from cnnlab.measure.ladder import (
     RETRY_PREFIX,
@@ -23,15 +24,23 @@ from cnnlab.measure.ladder import (
 )
 from cnnlab.recipe import Recipe
 
+
+def gpus(*names, device="cuda", precisions=machine.PRECISIONS):
+    return tuple(
+        Accelerator(device=device, name=name, memory_gib=8.0, capability="", precisions=precisions)
+        for name in names
+    )
+
+
 BASE = Recipe(model="ResNet9", batch_size=64, steps=3, warmup_steps=1)
 LAPTOP = replace(
     machine.describe(),
     cores=4,
-    gpus=(),
+    accelerators=(),
     compiler="/usr/bin/g++",
     missing={"NVIDIA GPU": "none here", "second GPU": "needs two"},
 )
-WITH_GPU = replace(LAPTOP, gpus=("A",), missing={"second GPU": "needs two"})
+WITH_GPU = replace(LAPTOP, accelerators=gpus("A"), missing={"second GPU": "needs two"})
 
 
 def test_a_laptop_can_try_everything_but_the_gpu():
@@ -77,6 +86,16 @@ def test_a_gpu_adds_its_own_rungs():
     assert names.index(RETRY_PREFIX + "whole-batch loader") > names.index("bf16 on the GPU")
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_gpu_without_bf16_and_tf32_gets_the_fp16_rung(device):
+    """As NVIDIA's before Ampere, and Apple's."""
+    older = gpus("Old", device=device, precisions=("fp32", "fp16"))
+    rungs, why_not = techniques(replace(WITH_GPU, accelerators=older))
+    assert rungs["fp16 on the GPU"] == {"device": device, "precision": "fp16"}
+    for name in ("bf16 on the GPU", "TF32 on the GPU"):
+        assert name not in rungs and why_not[name].startswith("Old does not compute")
+
+
 def test_a_slow_gpu_does_not_end_the_climb(speeds):
     speeds.factors.update({("device", "cuda"): 0.1, ("precision", "bf16"): 2.0})
     rungs, _ = techniques(WITH_GPU)
@@ -103,20 +122,22 @@ def test_the_gpu_starts_from_plain_fp32_whatever_paid_off_on_the_cpu(speeds):
 
 
 def test_two_gpus_can_have_replicas():
-    rungs, why_not = techniques(replace(LAPTOP, gpus=("A", "B"), missing={}))
+    rungs, why_not = techniques(replace(LAPTOP, accelerators=gpus("A", "B"), missing={}))
     assert rungs["replicas"] == {"replicas": 2, "threads": None}
     assert set(why_not) == {"torch.compile"}
 
 
-@pytest.mark.parametrize("gpus", [(), ("A",), ("A", "B", "C")])
+@pytest.mark.parametrize("names", [(), ("A",), ("A", "B", "C")])
 @pytest.mark.parametrize("cores", [1, 2, 6, 12])
-def test_every_technique_is_tried_or_has_a_reason(cores, gpus):
+def test_every_technique_is_tried_or_has_a_reason(cores, names):
     missing = {}
-    if not gpus:
+    if not names:
         missing["NVIDIA GPU"] = "none here"
-    if len(gpus) < 2:
+    if len(names) < 2:
         missing["second GPU"] = "needs two"
-    rungs, why_not = techniques(replace(LAPTOP, cores=cores, gpus=gpus, missing=missing))
+    rungs, why_not = techniques(
+        replace(LAPTOP, cores=cores, accelerators=gpus(*names), missing=missing)
+    )
     listed = {*rungs, *why_not}
     assert {"threads", "torch.compile", "replicas", "GPU"} <= listed
     assert all(why_not.values()) and not set(rungs) & set(why_not)

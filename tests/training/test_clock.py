@@ -110,3 +110,16 @@ def test_peak_memory_is_in_mib_and_never_falls():
     assert before > 50  # torch alone takes more
     assert before <= after < before + 600
     assert peak_memory_mib(CPU) >= after
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_a_pause_waits_for_the_gpu_of_the_run(device, monkeypatch):
+    """With a torch that claims to have such a GPU; nothing runs on it."""
+    waited_for = []
+    monkeypatch.setattr("torch.accelerator.synchronize", waited_for.append)
+    monkeypatch.setattr("torch.accelerator.max_memory_allocated", lambda device: 3 * 2**20)
+    gpu = torch.device(device, 0)
+    clock = Clock(gpu)
+    clock.resume()
+    clock.pause()
+    assert waited_for == [gpu] and peak_memory_mib(gpu) == 3.0

@@ -282,6 +282,18 @@ def test_a_step_that_overflows_in_fp16_is_counted_and_does_not_advance_the_sched
     assert "steps skipped, because fp16 overflowed: 1" in " ".join(event_lines(end))
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_each_rank_selects_a_gpu_and_ranks_share_them(device, monkeypatch):
+    """With a torch that claims to have one GPU; nothing runs on it."""
+    selected = []
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
+    monkeypatch.setattr("torch.accelerator.set_device_index", selected.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for rank in (0, 1):
+        assert loop.select_device(Recipe(device=device), rank) == torch.device(device, 0)
+    assert selected == 2 * [torch.device(device, 0)]
+
+
 def test_without_fp16_no_step_is_skipped():
     [end] = only(Finished, train(SHORT))
     assert end.skipped_steps == 0 and "skipped" not in status_line(end, [])[1]
