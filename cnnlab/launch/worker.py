@@ -1,5 +1,6 @@
 """What runs in a rank: take the job from the notebook, do it, and report how it ended."""
 
+import builtins
 import linecache
 import multiprocessing.connection
 import os
@@ -11,7 +12,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -83,6 +84,11 @@ def call_once(rank: int, world: int, function: Callable, args: tuple) -> Iterato
     except SystemExit as error:
         if error.code:
             raise
+    if isinstance(value, Generator):
+        raise CnnlabError(
+            "The function returned a generator, which cannot be sent to the notebook. "
+            "Return a list instead of using yield."
+        )
     yield rank, cloudpickle.dumps(value)
 
 
@@ -186,11 +192,19 @@ def _set_up(job: "Job", channel: "Channel", rank: int, world: int, folder: Path)
     linecache.cache.update(job.cells)
     enable_stack_dumps(folder, rank)
     sys.stdout = sys.stderr = StdoutForwarder(channel)
+    builtins.input = sys.breakpointhook = _reject_input
     _configure_process(rank, world)
     if job.backend:
         store = dist.FileStore(str(folder / "store"), world)
         timeout = timedelta(seconds=job.timeout)
         join_process_group(job.backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _reject_input(*_: Any, **__: Any) -> Any:
+    raise CnnlabError(
+        "input() and breakpoint() do not work in a rank, which has no keyboard. "
+        "Print the values, or debug the function by calling it in the notebook itself."
+    )
 
 
 def _configure_process(local_rank: int, local_world: int) -> None:
