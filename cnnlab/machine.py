@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -215,6 +216,31 @@ def _compile_obstacle() -> str | None:
     return None
 
 
+def _compile_obstacle() -> str | None:
+    """Why torch.compile fails although there is a compiler, or None."""
+    import torch
+
+    temporary = tempfile.gettempdir()
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", temporary)
+    if os.name == "posix" and " " in torch.__path__[0]:  # not quoted: pytorch pull 191010
+        return (
+            f"torch.compile cannot link, because the path of torch has a space: {torch.__path__[0]}"
+            ". Install torch into an environment in another folder."
+        )
+    if os.name == "posix" and " " in temporary:
+        return (
+            f"torch.compile cannot work in {temporary}, because the path has a space. Set TMPDIR "
+            "to another folder."
+        )
+    no_exec = getattr(os, "ST_NOEXEC", 0)
+    if no_exec and os.path.exists(cache) and os.statvfs(cache).f_flag & no_exec:
+        return (
+            f"torch.compile cannot run code in {cache}, which is mounted with noexec. Set TMPDIR "
+            "to another folder."
+        )
+    return None
+
+
 def _missing(
     hardware: Mapping[str, bool | None],
     accelerators: tuple["Accelerator", ...],
@@ -239,6 +265,8 @@ def _missing(
             "torch.compile generates C++ for the CPU and needs g++ or clang++. Use "
             "apt install g++, xcode-select --install, or conda install cxx-compiler."
         )
+    elif obstacle := _compile_obstacle():
+        missing["C++ compiler"] = obstacle
     elif obstacle := _compile_obstacle():
         missing["C++ compiler"] = obstacle
     for precision in ("bf16", "fp16"):
