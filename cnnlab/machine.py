@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -202,26 +201,6 @@ def _compile_obstacle() -> str | None:
 
     temporary = tempfile.gettempdir()
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", temporary)
-    if os.name == "posix":  # torch.compile does not quote these paths (pytorch pull 191010)
-        if " " in torch.__path__[0]:
-            return (
-                f"cannot link with torch in a folder whose path has a space, {torch.__path__[0]}. "
-                "Install torch into an environment in another folder."
-            )
-        if " " in temporary:
-            return f"cannot work in {temporary}, because of the space. Set TMPDIR to another folder."
-    if os.path.exists(cache) and hasattr(os, "ST_NOEXEC"):
-        if os.statvfs(cache).f_flag & os.ST_NOEXEC:
-            return f"code in {cache} must not run (noexec). Set TMPDIR to another folder."
-    return None
-
-
-def _compile_obstacle() -> str | None:
-    """Why torch.compile fails although there is a compiler, or None."""
-    import torch
-
-    temporary = tempfile.gettempdir()
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", temporary)
     if os.name == "posix" and " " in torch.__path__[0]:  # not quoted: pytorch pull 191010
         return (
             f"torch.compile cannot link, because the path of torch has a space: {torch.__path__[0]}"
@@ -265,8 +244,6 @@ def _missing(
             "torch.compile generates C++ for the CPU and needs g++ or clang++. Use "
             "apt install g++, xcode-select --install, or conda install cxx-compiler."
         )
-    elif obstacle := _compile_obstacle():
-        missing["C++ compiler"] = obstacle
     elif obstacle := _compile_obstacle():
         missing["C++ compiler"] = obstacle
     for precision in ("bf16", "fp16"):

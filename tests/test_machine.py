@@ -126,27 +126,6 @@ def test_a_compiler_that_cannot_build_is_named_with_a_fix(monkeypatch, fresh_des
     assert len(machine.missing_for(Recipe(compiler="inductor"))) == 1
 
 
-class NoExec:
-    f_flag = getattr(os, "ST_NOEXEC", 0)
-
-
-OBSTACLES = {
-    "torch": ("torch.__path__", ["/home/me/My Lessons/torch"], "My Lessons.*another folder"),
-    "TMPDIR": ("tempfile.tempdir", "/tmp/of me", "of me.*space.*Set TMPDIR"),
-    "noexec": ("os.statvfs", lambda path: NoExec, "noexec.*Set TMPDIR"),
-}
-
-
-@pytest.mark.skipif(not hasattr(os, "ST_NOEXEC"), reason="needs Linux")
-@pytest.mark.parametrize("name", OBSTACLES)
-def test_a_compiler_that_cannot_build_is_named_with_a_fix(monkeypatch, fresh_description, name):
-    target, value, sentence = OBSTACLES[name]
-    monkeypatch.setattr(machine, "_find_compiler", lambda: "/usr/bin/g++")
-    monkeypatch.setattr(target, value)
-    assert re.search(sentence, machine.describe().missing["C++ compiler"])
-    assert len(machine.missing_for(Recipe(compiler="inductor"))) == 1
-
-
 def test_the_compiler_in_cxx_is_used(monkeypatch, fresh_description, tmp_path):
     compiler = tmp_path / "custom-c++"
     compiler.write_text("#!/bin/sh\n")
