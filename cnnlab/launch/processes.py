@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,25 @@ def prewarm() -> None:
     finally:
         for name in added:
             os.environ.pop(name, None)  # Another thread may have removed it already.
+    with suppress(OSError):  # A file may vanish while it is saved.
+        _warn_of_edits(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+
+
+def code_time() -> float:
+    """The newest modification time of cnnlab's modules."""
+    return max(path.stat().st_mtime for path in Path(worker.__file__).parents[1].rglob("*.py"))
+
+
+def _warn_of_edits(server_pid: int) -> None:
+    if code_time() != _loaded_code_time(server_pid):
+        message = "Ranks run the code of cnnlab from before its last edits. Restart the kernel."
+        warnings.warn(message, stacklevel=1)
+
+
+@cache
+def _loaded_code_time(server_pid: int) -> float:
+    """The `code_time` of the modules that this fork server has imported."""
+    return code_time()
 
 
 def start_rank(rank: int, world: int, folder: Path) -> tuple[Any, Connection]:

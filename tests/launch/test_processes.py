@@ -19,7 +19,7 @@ import pytest
 from helpers import alive, loop_for_ever, wait_until
 
 from cnnlab import widgets
-from cnnlab.launch import launcher
+from cnnlab.launch import launcher, processes
 from cnnlab.launch.launcher import ranks
 from cnnlab.recipe import Recipe
 
@@ -264,6 +264,13 @@ recipe = Recipe(
 events = run(recipe)
 print(type(next(events)).__name__)
 """
+
+
+def test_edits_of_cnnlab_that_do_not_reach_the_ranks_are_announced(monkeypatch):
+    ranks(os.getpid, 1)
+    monkeypatch.setattr(processes, "code_time", time.time)
+    with pytest.warns(UserWarning, match="before its last edits. Restart the kernel"):
+        ranks(os.getpid, 1)
 
 
 def test_a_program_that_ends_during_a_run_ends_the_run(tmp_path):
