@@ -71,9 +71,18 @@ def main(connection: Connection, rank: int, world: int, folder: str) -> None:
         except BaseException as error:
             sys.stdout.flush()
             message = f"{type(error).__name__}: {error}"
-            channel.send("error", error=message, traceback=traceback.format_exc())
+            channel.send("error", error=message, traceback=_format_traceback(error))
             connection.poll(10)  # The notebook inspects the other ranks, then kills them all.
             os._exit(1)  # A normal exit could block on resources that peers hold.
+
+
+def _format_traceback(error: BaseException) -> str:
+    """The traceback from the first call outside of this file."""
+    frames = error.__traceback__
+    while frames and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    lines = traceback.format_exception(type(error), error, frames or error.__traceback__)
+    return "".join(lines)
 
 
 def call_once(rank: int, world: int, function: Callable, args: tuple) -> Iterator[tuple]:

@@ -227,6 +227,7 @@ def test_the_traceback_shows_lines_of_notebook_cells():
         ranks(function, 2)
     assert 'return star["Vega"]     # not there' in caught.value.traceback
     assert "KeyError: 'Vega'" in str(caught.value)
+    assert "launch" not in caught.value.traceback  # no frames of the launcher
 
 
 SCRIPT = """
