@@ -118,7 +118,9 @@ def doctor_lines(
     for prefix, measured in (("", peaks), ("GPU ", gpu_peaks)):
         for name, value in measured.items():
             if name == "copy":
-                rows[f"{prefix}copy bandwidth"] = f"{value / 1e9:,.1f} GB/s (reads and writes)"
+                rows[f"{prefix}copy bandwidth"] = (
+                    f"{value / 1e9:,.1f} GB/s measured (reads and writes)"
+                )
             else:
                 rows[f"{prefix}peak {name}"] = f"{value / 1e9:,.0f} GFLOP/s measured"
     for name, value in rows.items():

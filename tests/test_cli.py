@@ -48,7 +48,7 @@ INVALID = {
     "train --steps 3 --checkpoint words.json": ["cannot write words.json", "folder"],
     "train --steps 3 --strategy async --checkpoint kept": ["strategy='async'", "strategy='ddp'"],
     "train --steps 3 --max-restarts -1": ["max_restarts=-1", "0"],
-    "train --strategy ring --compression fp16": ["compression='fp16'", "strategy='ddp'"],
+    "train --strategy ring --compression fp16": ["compression='fp16'", "ddp, zero1"],
     "train --latency-ms -1": ["latency_ms=-1.0", "at least 0"],
     "train nowhere.json": ["nowhere.json", "No such file"],
     "train .": ["cannot be read"],
@@ -135,9 +135,10 @@ def test_doctor_prints_what_is_here_and_what_is_missing(tmp_path):
     done = cnnlab("doctor", "--json", tmp_path / "doctor.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "doctor.json").read_text())
-    assert set(found) == {"machine", "versions", "peaks"}
+    assert set(found) == {"machine", "versions", "peaks", "gpu_peaks"}
     machine = found["machine"]
     described = "name system cores memory_gib units gpus compiler hardware missing versions"
+    described += " accelerators physical_cores logical_cores"
     assert set(machine) == set(described.split())
     assert set(found["peaks"]) == {"fp32", "bf16", "fp16", "copy"}
     assert min(found["peaks"].values()) > 0
