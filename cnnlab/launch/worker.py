@@ -2,7 +2,7 @@
 
 import builtins
 import linecache
-import multiprocessing.connection
+import multiprocessing.context
 import os
 import pickle
 import shutil
@@ -48,9 +48,11 @@ def main(connection: Connection, rank: int, world: int, folder: str) -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # So that loader workers can be killed together with their rank.
     threading.Thread(target=_watch_parent, args=(folder,), daemon=True).start()
+    multiprocessing.set_start_method(None, force=True)  # The user's function may set it.
     if sys.platform == "linux":
         # Loader workers fork from the rank: they start at once and leave no semaphores behind.
-        multiprocessing.set_start_method("fork", force=True)
+        default: Any = multiprocessing.context._default_context  # type: ignore[attr-defined]
+        default._default_context = multiprocessing.get_context("fork")
     with connection:
         channel = Channel(connection, rank)
         if hasattr(os, "register_at_fork"):

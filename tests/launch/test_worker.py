@@ -1,6 +1,7 @@
 """Ranks run tutorials, torchrun functions, cells and scripts unchanged; their output and cores."""
 
 import linecache
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -122,6 +123,17 @@ def test_a_closure_brings_its_model_and_its_loader():
 
     _, losses = ranks(step, 2)
     assert torch.allclose(torch.stack(losses), torch.stack(step()), atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [multiprocessing, torch.multiprocessing], ids=["std", "torch"])
+def test_a_rank_may_set_the_start_method(module):
+    def set_start_method():
+        module.set_start_method("spawn")
+        return multiprocessing.get_start_method()
+
+    assert ranks(set_start_method, 1) == ["spawn"]
+    if sys.platform == "linux":
+        assert ranks(multiprocessing.get_start_method, 1) == ["fork"]
 
 
 def test_ddp_models_that_outlive_their_process_group_do_not_hang(tmp_path):
