@@ -1,6 +1,7 @@
 """The processes of the ranks: how they are started, what they get, how they are cleaned up."""
 
 import linecache
+import logging
 import multiprocessing.spawn
 import os
 import signal
@@ -39,6 +40,12 @@ PRELOAD = ["torch", "torch.distributed.pipelining", "sklearn.datasets", "cnnlab.
 
 def prewarm() -> None:
     """Start the fork server, which imports torch once, so that the next run starts within 0.1 s."""
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        warnings.warn(
+            f"OMP_NUM_THREADS={threads} does not hold in ranks: Recipe.threads decides there. "
+            "Unset it and restart the kernel, or the notebook measures with other threads.",
+            stacklevel=1,
+        )
     if START_METHOD != "forkserver":
         return
     from multiprocessing import forkserver
@@ -95,6 +102,7 @@ def pack_job(function: Callable, args: tuple, backend: str | None, env: Env) -> 
         call=cloudpickle.dumps((function, args)),
         env={**_environment_changes(), **(env or {})},
         cells=_notebook_cells(),
+        log_level=logging.getLogger().level,
         backend=backend,
         timeout=worker.COLLECTIVE_TIMEOUT_S,
     )

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from helpers import alive, loop_for_ever, wait_until
 
-from cnnlab import widgets
+from cnnlab import machine, widgets
 from cnnlab.launch import launcher, processes
 from cnnlab.launch.launcher import ranks
 from cnnlab.recipe import Recipe
@@ -271,6 +271,15 @@ def test_edits_of_cnnlab_that_do_not_reach_the_ranks_are_announced(monkeypatch):
     monkeypatch.setattr(processes, "code_time", time.time)
     with pytest.warns(UserWarning, match="before its last edits. Restart the kernel"):
         ranks(os.getpid, 1)
+
+
+@pytest.mark.parametrize("threads", [None, 2])
+def test_the_recipe_decides_the_threads_and_says_so(monkeypatch, threads):
+    expected = threads or machine.cores()
+    monkeypatch.setenv("OMP_NUM_THREADS", str(expected + 1))
+    with pytest.warns(UserWarning, match="OMP_NUM_THREADS=.* does not hold.*Recipe.threads"):
+        events = list(launcher.run(Recipe(threads=threads, steps=3, evaluate=False)))
+    assert events[0].threads == expected
 
 
 def test_a_program_that_ends_during_a_run_ends_the_run(tmp_path):
