@@ -50,10 +50,10 @@ def run(
     """
     if not isinstance(max_restarts, int) or max_restarts < 0:
         raise CnnlabError(f"max_restarts={max_restarts!r} is not allowed. Use an integer >= 0.")
+    if checkpoints:  # Ranks may have another working directory.
+        checkpoints = str(Path(checkpoints).expanduser().resolve())
     worker.check_runnable(recipe, checkpoints)
     datasets.download(recipe)  # Once, before the ranks need the files.
-    if checkpoints:
-        checkpoints = str(Path(checkpoints).resolve())  # Ranks may have another working directory.
     backend = None
     if recipe.ranks > 1 or recipe.strategy == "ddp":
         backend = worker.select_backend(recipe, recipe.ranks)

@@ -402,6 +402,14 @@ def test_a_folder_that_cannot_be_written_is_rejected_before_the_run(tmp_path):
         list(run(CONSTANT, checkpoints=tmp_path / "file"))
 
 
+def test_a_folder_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    list(run(CONSTANT.replace(steps=8), checkpoints="~/kept"))
+    assert [path.name for path in (tmp_path / "home" / "kept").iterdir()] == ["step-00000008"]
+    assert not (tmp_path / "~").exists()
+
+
 def test_the_command_line_resumes(tmp_path, capsys):
     words = [*COMMAND, "--checkpoint", str(tmp_path)]
     assert cli.main(words) == 0
