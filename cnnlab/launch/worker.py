@@ -2,6 +2,7 @@
 
 import builtins
 import linecache
+import logging
 import multiprocessing.context
 import os
 import pickle
@@ -30,6 +31,7 @@ from cnnlab.data import datasets
 from cnnlab.data.loader import system_limit_error
 from cnnlab.events import Event
 from cnnlab.launch.failures import Kind, Message, enable_stack_dumps
+from cnnlab.launch.output import StdoutForwarder
 from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training import checkpoint, techniques
 from cnnlab.training.async_loop import train_async
@@ -202,8 +204,10 @@ def _set_up(job: "Job", channel: "Channel", rank: int, world: int, folder: Path)
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world)
     linecache.cache.update(job.cells)
     enable_stack_dumps(folder, rank)
-    sys.stdout = sys.stderr = StdoutForwarder(channel)
+    sys.stdout = sys.stderr = StdoutForwarder(channel.send_line)
     builtins.input = sys.breakpointhook = _reject_input
+    if job.log_level != logging.WARNING:  # the default
+        logging.basicConfig(level=job.log_level)
     _configure_process(rank, world)
     if job.backend:
         store = dist.FileStore(str(folder / "store"), world)
@@ -254,6 +258,7 @@ class Job:
     call: bytes  # the pickled generator function and its arguments
     env: dict[str, str | None]  # None: the variable is deleted
     cells: dict[str, tuple]  # linecache entries of notebook cells, for tracebacks
+    log_level: int  # of the root logger
     backend: str | None  # of the process group; None: there is none
     timeout: float  # of a collective, in seconds
 
@@ -275,26 +280,6 @@ class Channel:
                 time.sleep(10)
                 os._exit(1)
 
-
-class StdoutForwarder:
-    """The standard output of a rank: sends complete lines to the notebook, each with the rank."""
-
-    def __init__(self, channel: Channel) -> None:
-        self.channel = channel
-        self.rest = ""  # an incomplete line
-        self.lock = threading.RLock()
-
-    def write(self, text: str) -> int:
-        with self.lock:
-            *lines, self.rest = (self.rest + text).split("\n")
-            for line in lines:
-                self.channel.send("print", f"[rank {self.channel.rank}] {line}")
-        return len(text)
-
-    def flush(self) -> None:
-        with self.lock:
-            if self.rest:
-                self.write("\n")
-
-    def isatty(self) -> bool:
-        return False
+    def send_line(self, line: str) -> None:
+        """Send a printed line, after its rank."""
+        self.send("print", f"[rank {self.rank}] {line}")

@@ -1,6 +1,7 @@
 """Ranks run tutorials, torchrun functions, cells and scripts unchanged; their output and cores."""
 
 import linecache
+import logging
 import multiprocessing
 import os
 import subprocess
@@ -198,6 +199,37 @@ def test_the_output_of_ranks_comes_in_complete_lines_with_the_rank(capsys):
         assert mine[:50] == [f"line {number} of {rank}" for number in range(50)]
         assert any(f"UserWarning: careful, {rank}" in line for line in mine)
         assert mine[-3:] == ["two", "lines", "no end"]
+
+
+def test_of_a_progress_bar_the_last_state_is_shown():
+    def count():
+        for number in range(50):
+            print(f"\r{number} of 50", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        print("\rgone\r    \r", end="", flush=True)
+        print("finished")
+
+    lines = []
+    ranks(count, 1, say=lines.append)
+    assert lines == ["[rank 0] 49 of 50", "[rank 0] finished"]
+
+
+def test_of_a_slow_progress_bar_some_states_are_shown():
+    def count():
+        sys.stdout.next_bar = 0
+        print("\r1 of 2", end="", flush=True)
+        print("\r2 of 2")
+
+    lines = []
+    ranks(count, 1, say=lines.append)
+    assert lines == ["[rank 0] 1 of 2", "[rank 0] 2 of 2"]
+
+
+def test_the_level_of_the_root_logger_reaches_the_ranks(caplog):
+    caplog.set_level(logging.INFO)
+    lines = []
+    ranks(lambda: logging.info("a star"), 1, say=lines.append)
+    assert lines == ["[rank 0] INFO:root:a star"]
 
 
 def test_the_output_before_a_failure_is_shown(capsys):
