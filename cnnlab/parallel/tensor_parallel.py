@@ -48,7 +48,8 @@ def shard_convolutions(layers: nn.Sequential, mesh: DeviceMesh, clock: Any) -> N
             blocks.append(nn.Sequential(layer))
         if isinstance(blocks[-1][0], nn.Conv2d):
             _shard_tensors(layer, mesh)
-    layers.forward = partial(_forward, blocks, mesh.get_group(), clock)  # type: ignore[method-assign]
+    forward = partial(_forward, blocks, mesh.get_group(), clock)
+    layers.forward = forward  # type: ignore[method-assign]
 
 
 def _shard_tensors(layer: nn.Module, mesh: DeviceMesh) -> None:

@@ -16,6 +16,7 @@ from cnnlab.events import Event
 from cnnlab.model import build
 from cnnlab.recipe import Recipe
 from cnnlab.training import checkpoint, techniques
+from cnnlab.training.checkpoint import TrainState
 from cnnlab.training.clock import Clock
 from cnnlab.training.loop import evaluate, select_device, set_up, to_device
 from cnnlab.training.meter import Meter
@@ -33,10 +34,7 @@ def train_pipeline(
     clock = Clock(device)
     clock.recent = deque(maxlen=2)  # of more steps, a timeline would not show each micro-batch
     splits, steps, state = set_up(recipe, device, world, clock)
-    mesh: Any = state.mesh
-    schedule = make_schedule(recipe, state.model, mesh["model"].get_group(), device, clock)
-    with torch.device("meta"):
-        whole = build(recipe, splits.shape)
+    schedule = make_schedule(recipe, state, device, clock)
     replica, replicas = rank // recipe.stages, world // recipe.stages
     techniques.set_seed(recipe.seed, replica)
     first = checkpoint.resume(checkpoints, recipe, state, steps) if checkpoints else 0
@@ -46,6 +44,8 @@ def train_pipeline(
     epochs = ceil(steps / len(loader))
     accuracy = None
 
+    with torch.device("meta"):
+        whole = build(recipe, splits.shape)
     yield meter.started(whole, splits, steps)
     clock.resume()
     for epoch in range(1, epochs + 1):
@@ -54,12 +54,7 @@ def train_pipeline(
             if recipe.augment == "shift":
                 images = shift_images(images, next(shifts))
             _train_step(images, labels, state, schedule, meter)
-            save_to = checkpoints if meter.step % recipe.checkpoint_every == 0 else None
-            if save_to or meter.report_due():
-                yield meter.progress(epoch)
-                if save_to:
-                    yield checkpoint.save(save_to, meter.step, recipe, state)
-                clock.resume()
+            yield from _report(epoch, meter, state, checkpoints)
         if meter.losses:
             yield meter.progress(epoch)
         if recipe.evaluate and (epoch * len(loader) > first or epoch == epochs):
@@ -67,6 +62,16 @@ def train_pipeline(
             yield meter.evaluated(epoch, accuracy, test_loss, len(splits.test))
         clock.resume()
     yield meter.finished(accuracy)
+
+
+def _report(epoch, meter, state, checkpoints):
+    """The events between two steps, as in `loop.train`."""
+    save_to = checkpoints if meter.step % meter.recipe.checkpoint_every == 0 else None
+    if save_to or meter.report_due():
+        yield meter.progress(epoch)
+        if save_to:
+            yield checkpoint.save(save_to, meter.step, meter.recipe, state)
+        meter.clock.resume()
 
 
 def _train_step(images, labels, state, schedule, meter):
@@ -91,9 +96,7 @@ def _train_step(images, labels, state, schedule, meter):
     meter.end_step()
 
 
-def make_schedule(
-    recipe: Recipe, parts: Any, group: dist.ProcessGroup, device: torch.device, clock: Clock
-) -> Any:
+def make_schedule(recipe: Recipe, state: TrainState, device: torch.device, clock: Clock) -> Any:
     """The recipe's schedule of `torch.distributed.pipelining` for this rank's parts of the model.
 
     The clock records when they compute; what is left of a step is exposed communication.
@@ -110,11 +113,13 @@ def make_schedule(
 
         return call
 
+    mesh: Any = state.mesh
+    parts: Any = state.model
     stages: list[Any] = []
     for part in parts:
         examples = {"input_args": part.inputs, "output_args": part.outputs}
         stage: Any = pipelining.PipelineStage(
-            part, part.number, part.count, device, group=group, **examples
+            part, part.number, part.count, device, group=mesh["model"].get_group(), **examples
         )
         stage.forward_one_chunk = timed("forward", stage.forward_one_chunk)
         stage.backward_one_chunk = timed("backward", stage.backward_one_chunk)
