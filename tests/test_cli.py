@@ -45,7 +45,7 @@ INVALID = {
     "train --seed 4294967296": ["seed=4294967296"],
     "train --steps 3 --record words.json/deeper": ["cannot write", "words.json"],
     "train --steps 3 --record /proc/nowhere": ["cannot write", "/proc/nowhere"],
-    "train --steps 3 --checkpoint words.json": ["cannot write words.json", "folder"],
+    "train --steps 3 --checkpoint words.json": ["cannot write", "words.json", "folder"],
     "train --steps 3 --strategy async --checkpoint kept": ["strategy='async'", "strategy='ddp'"],
     "train --steps 3 --max-restarts -1": ["max_restarts=-1", "0"],
     "train --strategy ring --compression fp16": ["compression='fp16'", "ddp, zero1"],
