@@ -27,8 +27,7 @@ def speedup_bars(
         label = f"{median:,.0f}"
         if row > 0:
             gain = speedup(baseline, measurement)
-            note = "" if gain.significant else ": no significant difference"
-            label += f"  ({gain.value:.2f}x{note})"
+            label += f"  ({gain.value:.2f}x{_note(gain)})"
         label_at(ax, label, q3, row)
     right = 1.8 * max(m.quartiles[2] for m in measurements.values())  # room for the labels
     if prediction:
@@ -100,6 +99,12 @@ def roofline(
     ax.set_title(f"memory bandwidth: {peaks['copy'] / 1e9:.0f} GB/s copied", fontsize=10)
     ax.legend(frameon=False, fontsize=9, loc="lower right")
     hide_frame(ax)
+
+
+def _note(gain):
+    if gain.significant:
+        return ""
+    return ": no significant difference" if np.isfinite(gain.high) else ", one run"
 
 
 def _draw_rung(ax, row, rung, widest):

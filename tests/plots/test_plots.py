@@ -81,6 +81,15 @@ def test_a_prediction_lies_within_the_axes(ax, guess):
     assert ax.get_xlim()[0] < guess * 101 < ax.get_xlim()[1]
 
 
+def test_speedup_bars_say_what_one_run_and_small_differences_prove(ax):
+    plots.speedup_bars(ax, {"old": measurement("old", 100.0), "new": measurement("new", 30.0)})
+    assert "(0.30x, one run)" in texts(ax)
+    ax.clear()
+    same = {name: measurement(name, *rates) for name, rates in (("a", (9, 10)), ("b", (10, 9)))}
+    plots.speedup_bars(ax, same)
+    assert "no significant difference" in texts(ax)
+
+
 def test_the_running_mean_covers_the_last_ten_steps():
     means = style.running_mean(list(range(30)))
     assert means[[0, 1, 9, 29]].tolist() == pytest.approx([0, 0.5, 4.5, 24.5])
