@@ -42,8 +42,8 @@ def prewarm() -> None:
     """Start the fork server, which imports torch once, so that the next run starts within 0.1 s."""
     if threads := os.environ.get("OMP_NUM_THREADS"):
         warnings.warn(
-            f"OMP_NUM_THREADS={threads} does not hold in ranks: Recipe.threads decides there. "
-            "Unset it and restart the kernel, or the notebook measures with other threads.",
+            f"Ranks ignore OMP_NUM_THREADS={threads} and use Recipe.threads. Unset it and restart "
+            "the kernel. Otherwise the notebook has another number of threads than the ranks.",
             stacklevel=1,
         )
     if START_METHOD != "forkserver":

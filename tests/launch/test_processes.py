@@ -277,7 +277,7 @@ def test_edits_of_cnnlab_that_do_not_reach_the_ranks_are_announced(monkeypatch):
 def test_the_recipe_decides_the_threads_and_says_so(monkeypatch, threads):
     expected = threads or machine.cores()
     monkeypatch.setenv("OMP_NUM_THREADS", str(expected + 1))
-    with pytest.warns(UserWarning, match="OMP_NUM_THREADS=.* does not hold.*Recipe.threads"):
+    with pytest.warns(UserWarning, match="Ranks ignore OMP_NUM_THREADS=.* and use Recipe.threads"):
         events = list(launcher.run(Recipe(threads=threads, steps=3, evaluate=False)))
     assert events[0].threads == expected
 
