@@ -36,7 +36,7 @@ def measure_memory(
     """
     if fake and recipe.strategy == "pipeline":
         raise CnnlabError("fake=True does not work with strategy='pipeline'. Use memory_formula.")
-    return [sizes for sizes, _ in _measure(recipe, stop, fake)]
+    return [sizes for sizes, _ in measure_ranks(recipe, stop, fake)]
 
 
 def bytes_sent(recipe: Recipe, stop: launcher.Stop = None) -> float:
@@ -44,10 +44,13 @@ def bytes_sent(recipe: Recipe, stop: launcher.Stop = None) -> float:
 
     All collectives are taken as rings, whatever the backend does. Broadcasts are not counted.
     """
-    return max((sent for _, sent in _measure(recipe, stop)), default=0.0)
+    return max((sent for _, sent in measure_ranks(recipe, stop)), default=0.0)
 
 
-def _measure(recipe, stop, fake=False):
+def measure_ranks(
+    recipe: Recipe, stop: launcher.Stop = None, fake: bool = False
+) -> list[tuple[dict[str, int], float]]:
+    """What `measure_memory` and `bytes_sent` say of each rank, from one run."""
     worker.check_runnable(recipe)
     datasets.download(recipe)
     steps = max(2, recipe.sync_every) if recipe.strategy == "local-sgd" else 2

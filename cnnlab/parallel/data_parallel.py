@@ -59,13 +59,21 @@ def gradient_sync(model: Any, enabled: bool) -> AbstractContextManager:
 
 
 def register_sync_hooks(
-    optimizer: torch.optim.Optimizer, model: nn.Module, recipe: Recipe, world: int, clock: Any
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    recipe: Recipe,
+    world: int,
+    clock: Any,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Let the strategies ring and local-sgd communicate before or after each optimizer step."""
-    if world == 1:
+    """Let replicas without DDP communicate before or after each optimizer step.
+
+    `group`: the ranks that hold the same part of the model; None: all ranks.
+    """
+    if world == recipe.model_ranks:  # one replica
         return
-    if recipe.strategy == "ring":
-        optimizer.register_step_pre_hook(lambda *_: average_gradients(model, recipe, clock))
+    if recipe.strategy in ("ring", "tensor", "pipeline"):
+        optimizer.register_step_pre_hook(lambda *_: average_gradients(model, recipe, clock, group))
     elif recipe.strategy == "local-sgd":
         period = recipe.sync_every
         averager = PeriodicModelAverager(period, warmup_steps=period - 1)
@@ -75,14 +83,19 @@ def register_sync_hooks(
         )
 
 
-def average_gradients(model: nn.Module, recipe: Recipe, clock: Any) -> None:
-    """Average all gradients over the ranks after backward, in one ring all-reduce."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+def average_gradients(
+    model: nn.Module, recipe: Recipe, clock: Any, group: dist.ProcessGroup | None = None
+) -> None:
+    """Average all gradients over the ranks of the group after backward, in one all-reduce."""
+    gradients = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    flat = flat.cpu()  # for gloo, because NCCL's sends would deadlock in the ring
-    link = make_link(recipe)
-    clock.timed_communication(ring_all_reduce, flat, link and link.transfer)
-    flat /= dist.get_world_size()
+    if recipe.strategy == "ring":
+        flat = flat.cpu()  # for gloo, because NCCL's sends would deadlock in the ring
+        link = make_link(recipe)
+        clock.timed_communication(ring_all_reduce, flat, link and link.transfer)
+    else:
+        clock.timed_communication(dist.all_reduce, flat, dist.ReduceOp.SUM, group)
+    flat /= dist.get_world_size(group)
     sizes = [gradient.numel() for gradient in gradients]
     for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
         gradient.copy_(mean.view_as(gradient))
@@ -125,17 +138,6 @@ def broadcast_buffers(model: nn.Module, group: dist.ProcessGroup | None = None) 
     """Take the buffers of the group's first rank: batch-norm statistics differ between ranks."""
     for buffer in model.buffers():
         dist.broadcast(local_tensor(buffer), group=group, group_src=0)
-
-
-def all_reduce_gradients(model: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Average all gradients over the ranks of the group, in one all-reduce after backward."""
-    gradients = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 def local_tensor(tensor: Any) -> Tensor:

@@ -13,7 +13,7 @@ from cnnlab.parallel.simulated_network import make_link
 from cnnlab.recipe import Recipe
 from cnnlab.training import techniques
 from cnnlab.training.clock import Clock
-from cnnlab.training.loop import evaluate, select_device, set_up, to_device
+from cnnlab.training.loop import evaluate, report, select_device, set_up, to_device
 from cnnlab.training.meter import Meter
 
 
@@ -41,9 +41,7 @@ def train_async(recipe: Recipe, rank: int, world: int) -> Iterator[Event]:
             if recipe.augment == "shift":
                 images = shift_images(images, next(shifts))
             _train_step(images, labels, state, shared, meter)
-            if meter.report_due():
-                yield meter.progress(epoch)
-                clock.resume()
+            yield from report(epoch, meter, state)
         dist.barrier()  # other ranks may still train, because loader workers claim ahead
         if meter.losses:
             yield meter.progress(epoch)

@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from math import ceil
 from typing import Any
@@ -78,13 +77,7 @@ def train(
                 state.schedule.step()
             clock.mark("update")
             meter.end_step(skipped)
-
-            save_to = checkpoints if meter.step % recipe.checkpoint_every == 0 else None
-            if save_to or meter.report_due():
-                yield meter.progress(epoch)
-                if save_to:
-                    yield checkpoint.save(save_to, meter.step, recipe, state)
-                clock.resume()
+            yield from report(epoch, meter, state, checkpoints)
         if meter.losses:
             yield meter.progress(epoch)
         # A resumed run does not evaluate the epochs that it skips, except for the last.
@@ -93,6 +86,18 @@ def train(
             yield meter.evaluated(epoch, accuracy, test_loss, len(splits.test))
         clock.resume()
     yield meter.finished(accuracy)
+
+
+def report(
+    epoch: int, meter: Meter, state: TrainState, checkpoints: str | None = None
+) -> Iterator[Event]:
+    """What there is to report after a step: its progress now and then, and a checkpoint."""
+    save_to = checkpoints if meter.step % meter.recipe.checkpoint_every == 0 else None
+    if save_to or meter.report_due():
+        yield meter.progress(epoch)
+        if save_to:
+            yield checkpoint.save(save_to, meter.step, meter.recipe, state)
+        meter.clock.resume()
 
 
 def set_up(
@@ -122,7 +127,11 @@ def set_up(
         scaler=scaler,
         mesh=mesh,
     )
-    register_sync_hooks(state, recipe, world, clock)
+    if recipe.strategy == "zero1":
+        sharding.register_zero1_hooks(optimizer, network, updated, clock)
+    else:
+        group = state.data_group
+        data_parallel.register_sync_hooks(optimizer, network, recipe, world, clock, group)
     return splits, steps, state
 
 
@@ -134,19 +143,6 @@ def select_device(recipe: Recipe, rank: int) -> torch.device:
     device = torch.device(recipe.device, local_rank % torch.accelerator.device_count())
     torch.accelerator.set_device_index(device)  # the default GPU of NCCL and of "cuda"
     return device
-
-
-def register_sync_hooks(state: TrainState, recipe: Recipe, world: int, clock: Clock) -> None:
-    """Let strategies other than ddp communicate before or after each optimizer step."""
-    if state.mesh is None:
-        data_parallel.register_sync_hooks(state.optimizer, state.network, recipe, world, clock)
-    elif recipe.strategy == "zero1":
-        from cnnlab.parallel import sharding
-
-        sharding.register_zero1_hooks(state.optimizer, state.network, state.updated, clock)
-    elif recipe.strategy != "fsdp" and recipe.replicas > 1:
-        average = partial(data_parallel.all_reduce_gradients, state.network, state.data_group)
-        state.optimizer.register_step_pre_hook(lambda *_: clock.timed_communication(average))
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module, steps: int) -> tuple[Optimizer, LRScheduler]:

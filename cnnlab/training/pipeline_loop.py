@@ -18,7 +18,7 @@ from cnnlab.recipe import Recipe
 from cnnlab.training import checkpoint, techniques
 from cnnlab.training.checkpoint import TrainState
 from cnnlab.training.clock import Clock
-from cnnlab.training.loop import evaluate, select_device, set_up, to_device
+from cnnlab.training.loop import evaluate, report, select_device, set_up, to_device
 from cnnlab.training.meter import Meter
 
 
@@ -54,7 +54,7 @@ def train_pipeline(
             if recipe.augment == "shift":
                 images = shift_images(images, next(shifts))
             _train_step(images, labels, state, schedule, meter)
-            yield from _report(epoch, meter, state, checkpoints)
+            yield from report(epoch, meter, state, checkpoints)
         if meter.losses:
             yield meter.progress(epoch)
         if recipe.evaluate and (epoch * len(loader) > first or epoch == epochs):
@@ -62,16 +62,6 @@ def train_pipeline(
             yield meter.evaluated(epoch, accuracy, test_loss, len(splits.test))
         clock.resume()
     yield meter.finished(accuracy)
-
-
-def _report(epoch, meter, state, checkpoints):
-    """The events between two steps, as in `loop.train`."""
-    save_to = checkpoints if meter.step % meter.recipe.checkpoint_every == 0 else None
-    if save_to or meter.report_due():
-        yield meter.progress(epoch)
-        if save_to:
-            yield checkpoint.save(save_to, meter.step, meter.recipe, state)
-        meter.clock.resume()
 
 
 def _train_step(images, labels, state, schedule, meter):

@@ -6,7 +6,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from cnnlab.measure.compare import Measurement, measure_interleaved
-from cnnlab.measure.memory import bytes_sent, measure_memory
+from cnnlab.measure.memory import measure_ranks
 from cnnlab.plots import memory_bars, speedup_bars, traffic_bars
 from cnnlab.recipe import Recipe
 from cnnlab.widgets.board import Panel, slider
@@ -62,11 +62,12 @@ class StrategyPanel(Panel):
         total = len(recipes) * (self.repeats + 1)
         for done, (name, recipe) in enumerate(recipes.items()):
             yield done / total, f"{name}: memory and messages"
-            ranks = measure_memory(recipe, stop)
-            self.sent[name] = bytes_sent(recipe, stop)
+            ranks = measure_ranks(recipe, stop)
             if stop.is_set():
                 return
-            self.memory[name] = max(ranks, key=lambda sizes: sum(sizes.values()))
+            sizes, sent = zip(*ranks, strict=True)
+            self.memory[name] = max(sizes, key=lambda parts: sum(parts.values()))
+            self.sent[name] = max(sent)
         runs = measure_interleaved(recipes, self.repeats, stop=stop)
         for done, self.measurements in enumerate(runs, start=len(recipes) + 1):
             yield done / total, f"run {done - len(recipes)} of {total - len(recipes)}"
