@@ -39,3 +39,4 @@ from .recipe import changes as changes
 from .recipe import format_changes as format_changes
 from .record import replay as replay
 from .training.loop import train as train
+from .values import full_or_quick as full_or_quick

@@ -1,11 +1,20 @@
-"""Compare two values part by part, and describe values and differences in one line each."""
+"""Compare and describe values, and choose between those of a full and of a quick run."""
 
-from typing import Any
+import os
+from typing import Any, TypeVar
 
 import numpy as np
 
 LONGEST = 160  # characters of a formatted value
 SEQUENCE = (list, tuple)  # A list equals a tuple with the same items.
+
+
+Value = TypeVar("Value")
+
+
+def full_or_quick(full: Value, quick: Value) -> Value:
+    """`full`; or `quick` if the environment variable CNNLAB_QUICK is set, as in the tests."""
+    return quick if os.environ.get("CNNLAB_QUICK") else full
 
 
 def difference(expected: Any, got: Any, rtol: float, atol: float, where: str = "") -> list[str]:

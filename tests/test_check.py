@@ -317,7 +317,7 @@ def test_tasks_are_found_from_a_folder_below_and_from_any_other_folder(
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
     check.solution("98.1")  # of the folder above
-    check.solution("12.1")  # of the repository
+    check.solution("14.1")  # of the repository
     assert "def double(" in capsys.readouterr().out
 
 

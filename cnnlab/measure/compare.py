@@ -9,6 +9,7 @@ import numpy as np
 
 from cnnlab.events import Finished
 from cnnlab.recipe import MODEL_PARALLEL_FIELDS, CnnlabError, Recipe
+from cnnlab.values import full_or_quick
 
 # Fields of a recipe that may differ in a fair comparison.
 COMPUTING = ("device", "threads", "precision", "memory_format", "pooling", "compiler")
@@ -111,18 +112,21 @@ def confounders(recipes: Sequence[Recipe]) -> dict[str, list[Any]]:
 
 def measure_interleaved(
     recipes: Mapping[str, Recipe],
-    repeats: int = 5,
+    repeats: int | None = None,
     allow_confounders: bool = False,
     stop: threading.Event | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Measurement]]:
-    """Run the recipes in the order A B A B ... and yield {name: Measurement} after each run.
+    """Run the recipes in the order A B B A A B ... and yield {name: Measurement} after each run.
 
-    `recipes`: {name: Recipe}, the baseline first. Only the first repeat evaluates. Raises
+    The order is reversed in every second repeat, because a machine that gets slower during a pair
+    of runs would be unfair to the second one. `recipes`: {name: Recipe}, the baseline first.
+    `repeats` is 5 by default, or 2 in quick mode. Only the first repeat evaluates. Raises
     `CnnlabError` if anything besides techniques differs, unless `allow_confounders`.
     """
     from cnnlab.launch.launcher import run
 
+    repeats = full_or_quick(5, 2) if repeats is None else repeats
     if not isinstance(repeats, int) or repeats < 1:
         raise CnnlabError(
             f"repeats={repeats!r} is not allowed. Use an integer of 1 or more; a spread needs 2."
@@ -136,7 +140,8 @@ def measure_interleaved(
         )
     found = {name: Measurement(name=name, recipe=recipe) for name, recipe in recipes.items()}
     for repeat in range(repeats):
-        for name, recipe in recipes.items():
+        order = list(recipes.items())
+        for name, recipe in order if repeat % 2 == 0 else reversed(order):
             evaluate = recipe.evaluate and repeat == 0
             events = run(recipe.replace(evaluate=evaluate), stop, env)
             slowest = slowest_rank(events, recipe.ranks)
@@ -147,11 +152,12 @@ def measure_interleaved(
 
 
 def compare(
-    recipes: Mapping[str, Recipe], repeats: int = 5, **options: Any
+    recipes: Mapping[str, Recipe], repeats: int | None = None, **options: Any
 ) -> dict[str, Measurement]:
     """Measure the recipes with a progress bar: the last result of `measure_interleaved`."""
     from tqdm.auto import tqdm
 
+    repeats = full_or_quick(5, 2) if repeats is None else repeats
     steps = measure_interleaved(recipes, repeats, **options)
     latest: dict[str, Measurement] = {}
     for found in tqdm(steps, total=repeats * len(recipes), desc="measuring", leave=False):

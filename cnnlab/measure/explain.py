@@ -10,6 +10,7 @@ from cnnlab.measure.compare import slowest_rank
 from cnnlab.measure.profile import profile_steps
 from cnnlab.measure.techniques import TECHNIQUES, Changes
 from cnnlab.recipe import MODEL_PARALLEL_FIELDS, Recipe
+from cnnlab.values import full_or_quick
 
 STEPS = 10  # timed and profiled
 PARTS = {
@@ -89,16 +90,16 @@ class Explanation:
 
 
 def explain(
-    recipe: Recipe, repeats: int = 3, stop: threading.Event | None = None
+    recipe: Recipe, repeats: int | None = None, stop: threading.Event | None = None
 ) -> Explanation | None:
     """Run the recipe `repeats` times, profile it once, and explain its speed.
 
-    Each run takes STEPS steps after its warm-up, in fresh processes. Returns None if `stop` was set
-    meanwhile.
+    `repeats` is 3 by default, or 1 in quick mode. Each run takes STEPS steps after its
+    warm-up, in fresh processes. Returns None if `stop` was set meanwhile.
     """
     recipe = recipe.replace(steps=recipe.warmup_steps + STEPS, evaluate=False)
     finished = []
-    for _ in range(repeats):
+    for _ in range(repeats or full_or_quick(3, 1)):
         slowest = slowest_rank(launcher.run(recipe, stop), recipe.ranks)
         if slowest is None:
             return None

@@ -61,7 +61,7 @@ def test_training_runs_live_follows_a_slider_and_stops(lab, open_lesson):
 
 
 def test_the_ladder_grows_and_stops(lab, open_lesson):
-    page = open_lesson("14_whole_ladder.ipynb")
+    page = open_lesson("16_whole_ladder.ipynb")
     run_all(page)
     panel = page.locator(".cnnlab-panel")
     panel.scroll_into_view_if_needed()
@@ -75,7 +75,7 @@ def test_the_ladder_grows_and_stops(lab, open_lesson):
 
 def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_points(lab, open_lesson):
     longer = ("steps=8, threads", "steps=150, threads")
-    page, panel = open_panel(lab, open_lesson, "10_data_parallel", "widgets.ScalingPanel(", longer)
+    page, panel = open_panel(lab, open_lesson, "12_data_parallel", "widgets.ScalingPanel(", longer)
     handle = panel.locator(".cnnlab-replicas .noUi-handle")
     handle.press("ArrowLeft")  # from 2 to 1; nothing runs before the first Run
 
@@ -101,19 +101,19 @@ def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_points(lab, ope
     "name, endless, slider, keys",
     [
         (
-            "05_parallel_loading",
+            "06_feeding_the_model",
             ("steps=14 if quick", "steps=4000 if quick"),
             "loader-workers",
             ["ArrowRight", "ArrowRight"],
         ),
         (
-            "07_mixed_precision",
+            "09_mixed_precision",
             ("if not quick else 4", "if not quick else 4000"),
             "memory-format",
             ["ArrowRight"],
         ),
         (
-            "08_operator_fusion",
+            "10_operator_fusion",
             ("steps=steps, threads=1", "steps=4000, threads=1"),
             "compiler",
             ["ArrowRight"],
@@ -144,7 +144,7 @@ def test_a_training_panel_runs_follows_its_slider_stops_and_explains(
 def test_a_pipeline_follows_its_sliders_and_strategies_run_side_by_side(lab, open_lesson):
     endless = ("width=4, batch_size=32, steps=4", "width=4, batch_size=32, steps=4000")
     page, panel = open_panel(
-        lab, open_lesson, "12_model_parallel", "widgets.TrainingPanel(", endless
+        lab, open_lesson, "14_model_parallel", "widgets.TrainingPanel(", endless
     )
     before = picture(panel)
     panel.locator(".cnnlab-run").click()
@@ -173,8 +173,8 @@ def test_a_pipeline_follows_its_sliders_and_strategies_run_side_by_side(lab, ope
     assert_no_errors(page)
 
 
-def test_the_race_of_lesson_09_follows_its_slider_and_stops(lab, open_lesson):
-    page, panel = open_panel(lab, open_lesson, "09_whole_program", "class Race(")
+def test_the_race_of_lesson_11_follows_its_slider_and_stops(lab, open_lesson):
+    page, panel = open_panel(lab, open_lesson, "11_whole_program", "class Race(")
     before = picture(panel)
     panel.locator(".cnnlab-run").click()
     before = changed_picture(panel, before, 120)

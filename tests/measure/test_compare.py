@@ -129,13 +129,13 @@ def runs(monkeypatch):
     return calls
 
 
-def test_runs_are_interleaved(runs):
+def test_runs_are_interleaved_and_no_recipe_is_always_the_first(runs):
     recipes = {"slow": Recipe(threads=1), "fast": FAST}
     steps = list(measure_interleaved(recipes, repeats=3))
-    assert [recipe.threads for recipe in runs] == [1, 2, 1, 2, 1, 2]
+    assert [recipe.threads for recipe in runs] == [1, 2, 2, 1, 1, 2]
     counts = [(len(step["slow"].images_per_s), len(step["fast"].images_per_s)) for step in steps]
-    assert counts == [(1, 0), (1, 1), (2, 1), (2, 2), (3, 2), (3, 3)]
-    assert steps[-1]["fast"].images_per_s == (202, 204, 206)
+    assert counts == [(1, 0), (1, 1), (1, 2), (2, 2), (3, 2), (3, 3)]
+    assert steps[-1]["fast"].images_per_s == (202, 203, 206)
 
 
 def test_only_the_first_repeat_evaluates(runs):

@@ -154,7 +154,7 @@ def test_a_lesson_has_no_relative_paths(path):
     assert not re.findall(r'(?:Path|open)\("[^/"].*', text(path, "code"))
 
 
-@pytest.mark.parametrize("name", ["06_gpu", "09_whole_program", "13_many_machines"])
+@pytest.mark.parametrize("name", ["07_gpu", "11_whole_program", "15_many_machines"])
 def test_a_lesson_finds_its_files_from_another_folder(name, tmp_path):
     """As with papermill, or VS Code's workspace root."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)

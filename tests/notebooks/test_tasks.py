@@ -91,7 +91,7 @@ def test_an_error_in_a_rank_is_shown_with_the_rank_and_the_line_and_no_traceback
     def row_parallel(inputs, weight, bias):
         return inputs[dist.get_rank() + 3]
 
-    check.build("12.3", row_parallel)  # 4 rows
+    check.build("14.3", row_parallel)  # 4 rows
     output = capsys.readouterr().out
     assert "rank 1: IndexError: index 4 is out of bounds" in output
     assert re.search(r"in line \d+ of your cell: return inputs\[dist.get_rank", output)

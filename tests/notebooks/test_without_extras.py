@@ -1,4 +1,4 @@
-"""Lessons 04 to 09 without extras, compiler, network and GPU: they run and say what is missing."""
+"""Lessons 04 to 11 without extras, compiler, network and GPU: they run and say what is missing."""
 
 import os
 import re
@@ -38,11 +38,11 @@ socket.socket.connect = connect_locally
 """
 EXPECTED = {  # patterns that a lesson must print
     "04": ["numba", "pyopencl", "mpi4py", "triton"],
-    "05": ["GPU"],
     "06": ["GPU"],
     "07": ["GPU"],
-    "08": [r"C\+\+ compiler|g\+\+", "GPU"],
-    "09": ["JAX is not installed", r"g\+\+"],
+    "09": ["GPU"],
+    "10": [r"C\+\+ compiler|g\+\+", "GPU"],
+    "11": ["JAX is not installed", r"g\+\+"],
 }
 LESSONS = [path for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if path.name[:2] in EXPECTED]
 PROBE = f"""

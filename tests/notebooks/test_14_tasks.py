@@ -1,4 +1,4 @@
-"""The solutions of lesson 12 against plain PyTorch in one process, the paper, and the package."""
+"""The solutions of lesson 14 against plain PyTorch in one process, the paper, and the package."""
 
 import itertools
 import runpy
@@ -21,7 +21,7 @@ from cnnlab.parallel.pipeline_schedule import (
 )
 from cnnlab.plots import loss_curve
 
-FILE = Path(__file__).parents[2] / "notebooks" / "solutions" / "12_model_parallel.py"
+FILE = Path(__file__).parents[2] / "notebooks" / "solutions" / "14_model_parallel.py"
 TASKS = runpy.run_path(str(FILE))["TASKS"]
 
 
@@ -48,14 +48,14 @@ def assert_equals_one_process(first, last, stages, images, labels):
 
 
 def test_the_pipeline_computes_the_loss_and_the_gradients_of_one_process():
-    ((stages, images, labels, shape),) = TASKS["12.1"].inputs()
-    first, last = results("12.1", stages, images, labels, shape)
+    ((stages, images, labels, shape),) = TASKS["14.1"].inputs()
+    first, last = results("14.1", stages, images, labels, shape)
     assert_equals_one_process(first, last, stages, images, labels)
 
 
 def test_gpipe_computes_the_loss_and_the_gradients_of_one_process():
-    ((stages, images, labels, shape, micro_batches),) = TASKS["12.10"].inputs()
-    first, last = results("12.10", stages, images, labels, shape, micro_batches)
+    ((stages, images, labels, shape, micro_batches),) = TASKS["14.10"].inputs()
+    first, last = results("14.10", stages, images, labels, shape, micro_batches)
     assert_equals_one_process(first, last, stages, images, labels)
     assert first["passes"] == last["passes"] == "FFFFBBBB"
 
@@ -64,17 +64,17 @@ def test_gpipe_computes_the_loss_and_the_gradients_of_one_process():
 def test_the_schedule_respects_dependencies_and_has_the_bubble_of_the_formula(
     stages, micro_batches
 ):
-    table = TASKS["12.7"].reference(stages, micro_batches)
+    table = TASKS["14.7"].reference(stages, micro_batches)
     for batch, stage in itertools.product(range(micro_batches), range(stages - 1)):
         assert table[stage].index(f"F{batch}") < table[stage + 1].index(f"F{batch}")
         assert table[stage + 1].index(f"B{batch}") < table[stage].index(f"B{batch}")
     busy = [[(tick, tick + 1) for tick, entry in enumerate(row) if entry] for row in table]
     assert all(len(spans) == 2 * micro_batches for spans in busy)
-    bubble = TASKS["12.6"].reference(busy)
+    bubble = TASKS["14.6"].reference(busy)
     assert bubble == pytest.approx((stages - 1) / (micro_batches + stages - 1))
 
 
-@pytest.mark.parametrize("task_id", ["12.2", "12.3"])
+@pytest.mark.parametrize("task_id", ["14.2", "14.3"])
 def test_both_linear_layers_compute_the_outputs_of_one_process(task_id):
     inputs, weight, bias = torch.randn(5, 6), torch.randn(8, 6), torch.randn(8)
     for outputs in results(task_id, inputs, weight, bias):
@@ -83,7 +83,7 @@ def test_both_linear_layers_compute_the_outputs_of_one_process(task_id):
 
 def test_the_convolution_computes_all_channels_with_half_of_the_operations():
     images, weight, bias = torch.randn(2, 3, 8, 8), torch.randn(6, 3, 3, 3), torch.randn(6)
-    for result in results("12.9", images, weight, bias):
+    for result in results("14.9", images, weight, bias):
         torch.testing.assert_close(result["outputs"], F.conv2d(images, weight, bias, padding=1))
         assert result["FLOPs"] == 2 * 2 * 3 * 9 * 3 * 64  # N, inputs, filter, outputs, H x W
 
@@ -96,25 +96,25 @@ def test_zero1_updates_the_parameters_as_sgd_in_one_process():
         parameter.grad = step.mean(0)
         optimizer.step()
     momentum = optimizer.state[parameter]["momentum_buffer"]
-    for rank, result in enumerate(results("12.4", start, gradients, 0.1)):
+    for rank, result in enumerate(results("14.4", start, gradients, 0.1)):
         torch.testing.assert_close(result["parameters"], parameter.detach())
         torch.testing.assert_close(result["momentum"], momentum.chunk(2)[rank])
 
 
 @pytest.mark.parametrize("stage, gigabytes", [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_memory_is_that_of_the_zero_paper(stage, gigabytes):
-    memory = TASKS["12.5"].reference(7.5e9, 64, stage)
+    memory = TASKS["14.5"].reference(7.5e9, 64, stage)
     assert round(sum(memory.values()) / 1e9, 1) == gigabytes
 
 
 def test_the_balanced_cut_is_the_best_of_all():
-    assert TASKS["12.8"].reference([5, 1, 1, 1, 4, 4], 3) == (2, 5)
-    assert TASKS["12.8"].reference([1, 1, 4, 1, 1], 3) == (2, 3)
+    assert TASKS["14.8"].reference([5, 1, 1, 1, 4, 4], 3) == (2, 5)
+    assert TASKS["14.8"].reference([1, 1, 4, 1, 1], 3) == (2, 3)
 
 
 @pytest.mark.parametrize("stages, micro_batches", [(2, 4), (3, 4), (4, 8), (4, 2)])
 def test_under_1f1b_no_stage_blocks_and_stage_s_keeps_at_most_stages_minus_s(stages, micro_batches):
-    orders = [TASKS["12.11"].reference(stage, stages, micro_batches) for stage in range(stages)]
+    orders = [TASKS["14.11"].reference(stage, stages, micro_batches) for stage in range(stages)]
     done = [set() for _ in orders]
     kept = [0] * stages
     for _ in range(2 * stages * micro_batches):
@@ -132,7 +132,7 @@ def test_under_1f1b_no_stage_blocks_and_stage_s_keeps_at_most_stages_minus_s(sta
 
 
 def test_the_pipeline_gives_the_losses_of_the_packaged_one():
-    step = TASKS["12.1"].reference
+    step = TASKS["14.1"].reference
 
     def train():
         torch.manual_seed(0)
@@ -155,22 +155,22 @@ def test_the_pipeline_gives_the_losses_of_the_packaged_one():
 
 @pytest.mark.parametrize("stages, micro_batches", [(2, 4), (3, 5), (4, 8)])
 def test_schedules_are_those_of_the_package(stages, micro_batches):
-    table = TASKS["12.7"].reference(stages, micro_batches)
+    table = TASKS["14.7"].reference(stages, micro_batches)
     spans = simulate_schedule("gpipe", [1.0] * stages, [1.0] * stages, micro_batches)
     busy = [[] for _ in range(stages)]
     for stage, phase, batch, begin, end in spans:
         assert table[stage][int(begin)] == f"{phase[0].upper()}{batch}"
         busy[stage].append((begin, end))
-    bubble = TASKS["12.6"].reference(busy)
+    bubble = TASKS["14.6"].reference(busy)
     assert bubble == pytest.approx(bubble_fraction(spans, stages))
     assert bubble == pytest.approx(equal_stages_bubble("gpipe", stages, micro_batches))
     for stage in range(stages):
         actions = action_order("1f1b", stages, micro_batches, stage)
-        order = TASKS["12.11"].reference(stage, stages, micro_batches)
+        order = TASKS["14.11"].reference(stage, stages, micro_batches)
         assert order == [f"{phase[0].upper()}{batch}" for _, phase, batch in actions]
 
 
 @pytest.mark.parametrize("stage, strategy", [(0, "ddp"), (1, "zero1"), (3, "fsdp")])
 def test_memory_is_that_of_the_package(stage, strategy):
     packaged = state_formula(1000, 4, strategy, (2, 2, 12))
-    assert TASKS["12.5"].reference(1000, 4, stage) == pytest.approx(packaged)
+    assert TASKS["14.5"].reference(1000, 4, stage) == pytest.approx(packaged)

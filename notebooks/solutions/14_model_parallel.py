@@ -1,4 +1,4 @@
-"""Lesson 12, model parallel: the functions that the learner writes.
+"""Lesson 14, model parallel: the functions that the learner writes.
 
 `check.build`, `check.hint` and `check.solution` load this file. See `cnnlab.check.Task`.
 """
@@ -33,7 +33,7 @@ def by_rank(call):
     return {f"rank {rank}": value for rank, value in enumerate(values)}
 
 
-# 12.1: a pipeline of two stages
+# 14.1: a pipeline of two stages
 
 
 def pipeline_step(stage, images, labels, shape):
@@ -116,7 +116,7 @@ def both_receive_first(stage, images, labels, shape):
     return pipeline_step(stage, images, labels, shape)
 
 
-TASKS["12.1"] = Task(
+TASKS["14.1"] = Task(
     reference=pipeline_step,
     inputs=two_stages,
     run=run_stages,
@@ -142,7 +142,7 @@ TASKS["12.1"] = Task(
 )
 
 
-# 12.2 and 12.3: a linear layer over two ranks
+# 14.2 and 14.3: a linear layer over two ranks
 
 
 def column_parallel(inputs, weight, bias):
@@ -224,7 +224,7 @@ def mean_of_the_rows(inputs, weight, bias):
     return outputs / dist.get_world_size() + bias
 
 
-TASKS["12.2"] = Task(
+TASKS["14.2"] = Task(
     reference=column_parallel,
     inputs=linear_layers,
     run=run_columns,
@@ -243,7 +243,7 @@ TASKS["12.2"] = Task(
     },
 )
 
-TASKS["12.3"] = Task(
+TASKS["14.3"] = Task(
     reference=row_parallel,
     inputs=linear_layers,
     run=run_rows,
@@ -262,7 +262,7 @@ TASKS["12.3"] = Task(
 )
 
 
-# 12.4: the first stage of ZeRO
+# 14.4: the first stage of ZeRO
 
 
 def zero1_step(parameters, gradients, momentum, learning_rate):
@@ -324,7 +324,7 @@ def no_momentum(parameters, gradients, momentum, learning_rate):
     zero1_step(parameters, gradients, torch.zeros_like(momentum), learning_rate)
 
 
-TASKS["12.4"] = Task(
+TASKS["14.4"] = Task(
     reference=zero1_step,
     inputs=flat_parameters,
     run=run_three_steps,
@@ -347,7 +347,7 @@ TASKS["12.4"] = Task(
 )
 
 
-# 12.5: memory of ZeRO
+# 14.5: memory of ZeRO
 
 
 def bytes_per_rank(parameters, ranks, stage):
@@ -399,7 +399,7 @@ def parameters_first(parameters, ranks, stage):
     return {name: size / ranks if name in divided else size for name, size in memory.items()}
 
 
-TASKS["12.5"] = Task(
+TASKS["14.5"] = Task(
     reference=bytes_per_rank,
     inputs=models,
     hints=[
@@ -419,7 +419,7 @@ TASKS["12.5"] = Task(
 )
 
 
-# 12.6: the bubble
+# 14.6: the bubble
 
 
 def bubble_fraction(busy):
@@ -475,7 +475,7 @@ def share_that_computes(busy):
     return 1 - bubble_fraction(busy)
 
 
-TASKS["12.6"] = Task(
+TASKS["14.6"] = Task(
     reference=bubble_fraction,
     inputs=timelines,
     hints=[
@@ -495,7 +495,7 @@ TASKS["12.6"] = Task(
 )
 
 
-# 12.7: the schedule of GPipe
+# 14.7: the schedule of GPipe
 
 
 def gpipe_schedule(stages, micro_batches):
@@ -552,7 +552,7 @@ def one_row(stages, micro_batches):
     return table
 
 
-TASKS["12.7"] = Task(
+TASKS["14.7"] = Task(
     reference=gpipe_schedule,
     inputs=lambda: [(2, 2), (3, 5), (4, 8)],
     hints=[
@@ -576,7 +576,7 @@ TASKS["12.7"] = Task(
 )
 
 
-# 12.8: balanced stages
+# 14.8: balanced stages
 
 
 def balanced_cut(seconds, stages):
@@ -635,7 +635,7 @@ def fastest_instead_of_slowest(seconds, stages):
     return min(combinations(range(1, len(seconds)), stages - 1), key=fastest)
 
 
-TASKS["12.8"] = Task(
+TASKS["14.8"] = Task(
     reference=balanced_cut,
     inputs=layers,
     run=run_cut,
@@ -655,7 +655,7 @@ TASKS["12.8"] = Task(
 )
 
 
-# 12.9: a convolution over two ranks
+# 14.9: a convolution over two ranks
 
 
 def conv_by_channels(images, weight, bias):
@@ -710,7 +710,7 @@ def split_by_input_channels(images, weight, bias):
     return F.conv2d(images, weight.chunk(world, dim=1)[rank], bias, padding=1)
 
 
-TASKS["12.9"] = Task(
+TASKS["14.9"] = Task(
     reference=conv_by_channels,
     inputs=convolutions,
     run=run_conv,
@@ -732,7 +732,7 @@ TASKS["12.9"] = Task(
 )
 
 
-# 12.10: GPipe in two ranks
+# 14.10: GPipe in two ranks
 
 
 def gpipe_step(stage, images, labels, shape, micro_batches):
@@ -820,7 +820,7 @@ def whole_batch_at_once(stage, images, labels, shape, micro_batches):
     return pipeline_step(stage, images, labels, (len(images), *shape[1:]))
 
 
-TASKS["12.10"] = Task(
+TASKS["14.10"] = Task(
     reference=gpipe_step,
     inputs=two_stages_and_micro_batches,
     run=run_micro_batches,
@@ -844,7 +844,7 @@ TASKS["12.10"] = Task(
 )
 
 
-# 12.11: the schedule 1F1B
+# 14.11: the schedule 1F1B
 
 
 def order_1f1b(stage, stages, micro_batches):
@@ -887,7 +887,7 @@ def forward_beyond_the_last(stage, stages, micro_batches):
     return order[: 2 * micro_batches]
 
 
-TASKS["12.11"] = Task(
+TASKS["14.11"] = Task(
     reference=order_1f1b,
     inputs=lambda: [(2, 3, 4), (0, 3, 4), (1, 3, 4), (1, 4, 8), (0, 4, 2)],
     hints=[
