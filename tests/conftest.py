@@ -36,8 +36,11 @@ JUPYTER_FOLDERS = (
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """The address, token and root folder of a JupyterLab that serves a copy of the lessons."""
+def lab(tmp_path_factory, request):
+    """The address, token and root folder of a JupyterLab that serves a copy of the lessons.
+
+    A test module with `QUICK = True` has them in quick mode.
+    """
     home = tmp_path_factory.mktemp("lab")
     root = home / "notebooks"
     shutil.copytree(REPOSITORY / "notebooks", root)
@@ -49,6 +52,8 @@ def lab(tmp_path_factory):
     environment = {**os.environ, **folders, "JUPYTER_TOKEN": token}
     for name in ("CNNLAB_UNATTENDED", "CNNLAB_QUICK"):  # learners do not set these
         environment.pop(name, None)
+    if getattr(request.module, "QUICK", False):
+        environment["CNNLAB_QUICK"] = "1"
     command = [
         *(sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"),
         *("--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"),

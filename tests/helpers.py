@@ -57,6 +57,22 @@ TARGET_CELL_HAS_RUN = """() => {
         && panel.context.sessionContext.session.kernel.status === 'idle';
 }"""
 
+ERRORS = (
+    ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], "
+    ".jp-RenderedText[data-mime-type*=error]"
+)
+
+PICTURE_BYTES = """async image => {
+    const blob = await (await fetch(image.src)).blob();
+    return blob.size + ':' + await blob.text();
+}"""
+
+ASK_KERNEL = """() => {
+    window.answered = false;
+    const kernel = window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel;
+    kernel.requestExecute({code: '1 + 1'}).done.then(() => { window.answered = true; });
+}"""
+
 SAVE = """() => {
     window.saved = false;
     window.jupyterapp.commands.execute('docmanager:save').then(() => { window.saved = true; });

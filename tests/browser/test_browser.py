@@ -7,28 +7,12 @@ import time
 import nbformat
 import psutil
 import pytest
-from helpers import run_all, run_until, saved_notebook
+from helpers import ASK_KERNEL, ERRORS, PICTURE_BYTES, run_all, run_until, saved_notebook
 from PIL import Image
-
-ERRORS = (
-    ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], "
-    ".jp-RenderedText[data-mime-type*=error]"
-)
-
-PICTURE_BYTES = """async image => {
-    const blob = await (await fetch(image.src)).blob();
-    return blob.size + ':' + await blob.text();
-}"""
 
 CLUSTER = """from many_machines.cluster import ClusterPanel
 
 ClusterPanel("ResNet-50, 4 x 8 V100")"""
-
-ASK_KERNEL = """() => {
-    window.answered = false;
-    const kernel = window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel;
-    kernel.requestExecute({code: '1 + 1'}).done.then(() => { window.answered = true; });
-}"""
 
 
 def test_training_runs_live_follows_a_slider_and_stops(lab, open_lesson):
