@@ -207,8 +207,10 @@ def _try_rung(rung, below, repeats, options):
     try:
         for found in measure_interleaved(pair, repeats, **options):
             theirs, ours = found[below.name], found[rung.name]
-            candidate_runs_next = len(theirs.images_per_s) > len(ours.images_per_s)
-            if not candidate_runs_next:
+            ahead = len(theirs.images_per_s) - len(ours.images_per_s)
+            # Every second repeat begins with the candidate.
+            candidate_runs_next = ahead > 0 or (ahead == 0 and len(ours.images_per_s) % 2 == 1)
+            if ahead == 0:
                 gain = speedup(theirs, ours)
                 total = multiply(below.over_baseline, gain)
                 rung = replace(rung, measurement=ours, over_below=gain, over_baseline=total)

@@ -271,7 +271,9 @@ def test_the_rung_below_and_the_candidate_run_interleaved(speeds):
     list(climb(BASE, rungs, repeats=3))
     order = [(recipe.threads, recipe.precision) for recipe, _ in speeds.calls]
     baseline, threads, bf16 = (1, "fp32"), (4, "fp32"), (4, "bf16")
-    assert order == [baseline] * 3 + [baseline, threads] * 3 + [threads, bf16] * 3
+    pairs = [baseline, threads, threads, baseline, baseline, threads]
+    pairs += [threads, bf16, bf16, threads, threads, bf16]
+    assert order == [baseline] * 3 + pairs
 
 
 def test_every_run_does_the_same_work(speeds):
