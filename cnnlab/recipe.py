@@ -14,11 +14,11 @@ Augment = Literal["none", "shift", "crop"]
 Optimizer = Literal["sgd", "adam"]
 Schedule = Literal["constant", "cosine"]
 Device = Literal["cpu", "cuda", "mps", "xpu"]
-Loader = Literal["sample", "batch"]
+Loader = Literal["sample", "batch", "device"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Pooling = Literal["after-relu", "before-relu"]
-Compiler = Literal["eager", "inductor"]
+Compiler = Literal["eager", "inductor", "cudagraphs"]
 Strategy = Literal[None, "ddp", "ring", "local-sgd", "async", "zero1", "fsdp", "tensor", "pipeline"]
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved"]
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
@@ -57,12 +57,14 @@ class Recipe:
 
     device: Device = "cpu"  # of the model; cuda: NVIDIA or AMD, mps: Apple, xpu: Intel
     threads: int | None = None  # CPU threads per rank; None: the cores divided among the ranks
-    loader: Loader = "sample"  # sample: load one by one and collate; batch: index whole batches
+    loader: Loader = "sample"  # sample: single images; batch: whole batches; device: in GPU memory
     loader_workers: int = 0  # loader processes per rank; 0: load in the training process
     precision: Precision = "fp32"  # number format of convolutions and matrix products
     memory_format: MemoryFormat = "contiguous"  # memory layout of weights and activations
     pooling: Pooling = "after-relu"  # before-relu: the same values from less work
-    compiler: Compiler = "eager"  # inductor: torch.compile
+    compiler: Compiler = "eager"  # inductor: torch.compile; cudagraphs: with CUDA graphs
+    cudnn_benchmark: bool = False  # time cuDNN's algorithms and use the fastest (cuda only)
+    fused_optimizer: bool = False  # update all parameters in one kernel
 
     replicas: int = 1  # copies of the model, each trained on its share of every batch
     strategy: Strategy = None  # how ranks share the work; None: ddp for several replicas
@@ -209,6 +211,7 @@ SUPPORTED_BY = {
     "bandwidth_mbit": REPLICATED,
     "straggler_ms": (*REPLICATED, "zero1", "fsdp", "tensor"),
     "compiler": (*REPLICATED, "zero1"),
+    "schedule": ("ddp", "ring", "local-sgd", *SHARDED),  # async: its ranks share no step count
     "memory_format": (*REPLICATED, "zero1", "tensor", "pipeline"),
     "stages": ("pipeline",),
     "micro_batches": ("pipeline",),
@@ -230,10 +233,6 @@ def _check_strategy(recipe: Recipe) -> None:
         raise CnnlabError(
             "precision='fp16' needs strategy='ddp', because a rank that skips an overflowing step "
             f"would block the others of strategy={strategy!r}. Use precision='bf16'."
-        )
-    if strategy == "async" and recipe.schedule != "constant":
-        raise CnnlabError(
-            "strategy='async' needs schedule='constant', because its ranks share no step count."
         )
 
 
@@ -263,6 +262,11 @@ def _check_model_parallel(recipe: Recipe) -> None:
         )
 
 
+# (field, value that only CUDA supports, what to use instead)
+ONLY_CUDA = (("precision", "tf32", "bf16"), ("compiler", "cudagraphs", "inductor"))
+ONLY_CUDA += (("cudnn_benchmark", True, False),)
+
+
 def _check_device_and_data(recipe: Recipe) -> None:
     if recipe.device != "cpu" and (recipe.latency_ms or recipe.bandwidth_mbit):
         raise CnnlabError(
@@ -271,13 +275,20 @@ def _check_device_and_data(recipe: Recipe) -> None:
     single = recipe.ranks == 1 and recipe.strategy is None and recipe.memory_limit_mib is None
     if recipe.device == "mps" and not single:
         raise CnnlabError(
-            "device='mps' trains in one process without a memory limit, because torch has no "
-            "communication between ranks there. Use replicas=1, strategy=None and "
-            "memory_limit_mib=None, or device='cpu'."
+            "device='mps' trains in one process without a memory limit, because its ranks cannot "
+            "communicate. Use replicas=1, strategy=None, memory_limit_mib=None, or device='cpu'."
         )
-    if recipe.device != "cuda" and recipe.precision == "tf32":
+    for name, value, instead in ONLY_CUDA:
+        if getattr(recipe, name) == value and recipe.device != "cuda":
+            raise CnnlabError(f"{name}={value!r} needs device='cuda'. Use {name}={instead!r}.")
+    if recipe.compiler == "cudagraphs" and recipe.accumulate > 1:
         raise CnnlabError(
-            "precision='tf32' needs device='cuda' with Tensor Cores. Use precision='bf16'."
+            "compiler='cudagraphs' needs accumulate=1, because a graph overwrites the gradients of "
+            "the last micro-batch. Use compiler='inductor'."
+        )
+    if recipe.loader == "device" and (recipe.data == "photos" or recipe.loader_workers):
+        raise CnnlabError(
+            "loader='device' needs a data set in memory and loader_workers=0. Use loader='batch'."
         )
     if recipe.steps is not None and recipe.steps <= recipe.warmup_steps:
         raise CnnlabError(

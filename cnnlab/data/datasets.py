@@ -252,3 +252,9 @@ class ImageSplits:
         """(channels, size, number of classes), which is what a model needs to know."""
         channels, size = self.test.tensors[0].shape[1:3]
         return channels, size, len(self.classes)
+
+    def to(self, device: torch.device) -> "ImageSplits":
+        """The same images and labels in the memory of a device. All must be in memory already."""
+        splits: list = [self.train, self.test]
+        train, test = (TensorDataset(*(t.to(device) for t in split.tensors)) for split in splits)
+        return ImageSplits(train=train, test=test, classes=self.classes)

@@ -34,10 +34,11 @@ def train_loader(
         "num_workers": recipe.loader_workers,
         # Not the sampler's: how often a loader draws depends on its workers.
         "generator": torch.Generator().manual_seed(recipe.seed),
-        "pin_memory": recipe.device in ("cuda", "xpu"),  # Apple's GPUs share the CPU's memory
+        # Apple's GPUs share the CPU's memory.
+        "pin_memory": recipe.device in ("cuda", "xpu") and recipe.loader != "device",
         "persistent_workers": recipe.loader_workers > 0,
     }
-    if recipe.loader == "batch" and not isinstance(dataset, PhotoDataset):
+    if recipe.loader != "sample" and not isinstance(dataset, PhotoDataset):
         return DataLoader(_BatchIndexed(dataset), sampler=batches, batch_size=None, **options)
     return DataLoader(dataset, batch_sampler=batches, **options)
 

@@ -13,6 +13,7 @@ from cnnlab.values import full_or_quick
 
 # Fields of a recipe that may differ in a fair comparison.
 COMPUTING = ("device", "threads", "precision", "memory_format", "pooling", "compiler")
+COMPUTING += ("cudnn_benchmark", "fused_optimizer")
 LOADING = ("loader", "loader_workers")
 SYNCING = ("strategy", "compression", "bucket_mb", "accumulate", "sync_every", "staleness")
 RANKS = ("replicas", *MODEL_PARALLEL_FIELDS)

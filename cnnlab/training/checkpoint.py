@@ -158,7 +158,8 @@ def _load(path: Path, recipe: Recipe, state: TrainState) -> int:
         # The run that saved this may have had other parts of the model, and no DTensors.
         [group] = values["optimizer"]["param_groups"]
         group["params"] = [name for name, _ in state.updated.named_parameters()]
-        group["foreach"] = state.optimizer.defaults["foreach"]
+        for name in ("foreach", "fused"):
+            group[name] = state.optimizer.defaults[name]
         set_optimizer_state_dict(state.updated, state.optimizer, values["optimizer"])
     except (Exception, CheckpointException) as error:
         raise _cannot_load(path, error) from None

@@ -106,6 +106,8 @@ def set_up(
     """Load the data and build what is trained: (splits, number of steps, state)."""
     techniques.set_threads(recipe, world)
     splits = datasets.load(recipe)
+    if recipe.loader == "device":
+        splits = splits.to(device)
     steps = datasets.num_steps(recipe, splits)
     mesh: Any = make_mesh(recipe, device)
     techniques.limit_memory(recipe)
@@ -149,13 +151,16 @@ def make_optimizer(recipe: Recipe, model: nn.Module, steps: int) -> tuple[Optimi
     """The optimizer (Adam, or SGD with momentum 0.9) and its learning rate schedule."""
     optimizer: Optimizer
     parameters = list(model.parameters())
-    # An operation on a DTensor takes tens of microseconds: update all parameters together.
-    foreach = all(hasattr(parameter, "to_local") for parameter in parameters) or None
+    options: Any = {"lr": recipe.learning_rate}
+    if recipe.fused_optimizer:
+        options["fused"] = True
+    elif all(hasattr(parameter, "to_local") for parameter in parameters):
+        # An operation on a DTensor takes tens of microseconds: update all parameters together.
+        options["foreach"] = True
     if recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate, foreach=foreach)
+        optimizer = torch.optim.Adam(parameters, **options)
     else:
-        rate = recipe.learning_rate
-        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, foreach=foreach)
+        optimizer = torch.optim.SGD(parameters, momentum=0.9, **options)
     if recipe.schedule == "cosine":
         return optimizer, CosineAnnealingLR(optimizer, T_max=steps)
     return optimizer, ConstantLR(optimizer, factor=1.0)

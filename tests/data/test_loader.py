@@ -36,7 +36,7 @@ def test_the_order_is_that_of_a_plain_shuffled_dataloader(numbered, options):
     assert batches_of(ours) == batches_of(plain)
 
 
-@pytest.mark.parametrize("loader", ["sample", "batch"])
+@pytest.mark.parametrize("loader", ["sample", "batch", "device"])
 def test_images_come_with_their_own_labels(numbered, loader):
     for images, labels in train_loader(Recipe(batch_size=32, loader=loader), numbered):
         assert images.shape == (32, 1, 4, 4) and torch.equal(images[:, 0, 0, 0].long(), labels)

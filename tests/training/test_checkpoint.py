@@ -326,7 +326,8 @@ TECHNIQUES = {
     "memory_format": "channels_last",
     "pooling": "before-relu",
     "accumulate": 2,
-    "loader": "batch",
+    "loader": "device",
+    "fused_optimizer": True,
     "threads": 2,
 }
 

@@ -264,6 +264,25 @@ def test_every_model_trains(name):
     assert all(map(math.isfinite, found))
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_fused_optimizer_is_used_on_request_and_gives_the_same_losses(optimizer, fused):
+    recipe = SHORT.replace(optimizer=optimizer, fused_optimizer=fused)
+    updater, _ = make_optimizer(recipe, torch.nn.Linear(2, 2), steps=1)
+    assert bool(updater.param_groups[0]["fused"]) == fused
+    assert losses(recipe) == pytest.approx(losses(SHORT.replace(optimizer=optimizer)), **ROUNDING)
+
+
+def test_images_kept_on_the_device_give_the_same_losses(monkeypatch):
+    expected, moved = losses(SHORT), []
+    to = datasets.ImageSplits.to
+    monkeypatch.setattr(
+        datasets.ImageSplits, "to", lambda *args: moved.append(args[1]) or to(*args)
+    )
+    assert losses(SHORT.replace(loader="device")) == expected
+    assert moved == [torch.device("cpu")]
+
+
 def test_a_step_that_overflows_in_fp16_is_counted_and_does_not_advance_the_schedule(monkeypatch):
     schedules = []
 

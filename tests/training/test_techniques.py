@@ -42,6 +42,27 @@ def test_prepare_compiles_only_on_request():
     assert isinstance(compiled, torch._dynamo.OptimizedModule)  # compiles at its first call
 
 
+@pytest.mark.parametrize(
+    "compiler, mode", [("inductor", "default"), ("cudagraphs", "reduce-overhead")]
+)
+def test_cuda_graphs_are_a_mode_of_the_compiler(monkeypatch, compiler, mode):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: modes.append(mode))
+    techniques.prepare(SmallCNN(), Recipe(device="cuda", compiler=compiler), CPU)
+    assert modes == [mode]
+
+
+@pytest.mark.parametrize("tried", [True, False])
+def test_cudnn_tries_its_algorithms_on_request(monkeypatch, tried):
+    """With a model that stays on the CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tried)
+    monkeypatch.setattr(SmallCNN, "to", lambda model, device: model)
+    monkeypatch.setattr(techniques, "set_tf32", lambda enabled: None)
+    recipe = Recipe(device="cuda", cudnn_benchmark=tried)
+    techniques.prepare(SmallCNN(), recipe, torch.device("cuda"))
+    assert torch.backends.cudnn.benchmark == tried
+
+
 @pytest.mark.parametrize("build", [SmallCNN, ResNet9])
 @pytest.mark.parametrize(
     "recipe",
