@@ -28,6 +28,8 @@ from .measure.peaks import copy_bandwidth as copy_bandwidth
 from .measure.peaks import peak_flops as peak_flops
 from .measure.peaks import peaks as peaks
 from .measure.predictor import predict as predict
+from .measure.profile import profile as profile
+from .measure.profile import summarize_profile as summarize_profile
 from .measure.scaling import amdahl as amdahl
 from .measure.scaling import fit_serial_fraction as fit_serial_fraction
 from .measure.scaling import gustafson as gustafson

@@ -2,14 +2,29 @@
 
 import statistics
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from cnnlab import machine
+from cnnlab.data import datasets
+from cnnlab.events import Finished
 from cnnlab.launch import launcher
+from cnnlab.measure import peaks
 from cnnlab.measure.compare import slowest_rank
-from cnnlab.measure.profile import profile_steps
+from cnnlab.measure.profile import Profile, profile_rank, stream_profile
+from cnnlab.measure.profile_events import is_arithmetic
 from cnnlab.measure.techniques import TECHNIQUES, Changes
-from cnnlab.recipe import MODEL_PARALLEL_FIELDS, Recipe
+from cnnlab.model import build
+from cnnlab.recipe import MODEL_PARALLEL_FIELDS, CnnlabError, Recipe
+from cnnlab.training import techniques
+from cnnlab.training.loop import make_optimizer
 from cnnlab.values import full_or_quick
 
 STEPS = 10  # timed and profiled
@@ -17,6 +32,7 @@ PARTS = {
     "loader": "waiting for the loader",
     "arithmetic": "arithmetic (convolutions, matrix products)",
     "memory": "other operations (elementwise, pooling)",
+    "copies": "copies between CPU and GPU",
     "launch": "launch overhead",
     "communication": "waiting for other ranks",
 }
@@ -27,6 +43,7 @@ SUGGESTIONS = {  # for each part of a step, the techniques that shorten it
         *("threads", "GPU", "bf16", "fp16", "channels_last"),
         *("pooling before ReLU", "torch.compile"),
     ),
+    "copies": (),
     "launch": ("torch.compile", "larger batch"),
     "communication": ("micro-batches", "larger batch"),
 }
@@ -34,6 +51,7 @@ LAST_RESORT = {  # advice once all of these are in use
     "loader": "less work per image while loading",
     "arithmetic": "more cores, a GPU, or more machines",
     "memory": "fewer passes over the data: fused or cheaper layers",
+    "copies": "data that stays on the GPU, or smaller data types such as uint8",
 }
 
 
@@ -50,6 +68,7 @@ class Explanation:
     peak_flops: float  # FLOP/s measured at this precision with the rank's threads
     peak_copy: float  # bytes/s of a copy, reads and writes, with the rank's threads
     operations: int  # per step
+    profile: Profile = field(repr=False)  # of one more run
 
     @property
     def bound(self) -> str:
@@ -63,6 +82,8 @@ class Explanation:
             f"{1000 * self.step_s:.1f} ms per step, {self.images_per_s:,.0f} images/s"
         ]
         for name, seconds in self.parts.items():
+            if name == "copies" and recipe.device == "cpu":
+                continue
             figures = f"{1000 * seconds:8.2f} ms {100 * seconds / self.step_s:4.0f}%"
             lines.append(f"  {PARTS[name]:44}{figures}  {self._note(name)}".rstrip())
         advice, change = suggest_next(self.recipe, self.bound)
@@ -74,8 +95,6 @@ class Explanation:
     def _note(self, name: str) -> str:
         """What the report says next to a part's time."""
         seconds, recipe = self.parts[name], self.recipe
-        if name == "communication" and recipe.device == "cuda" and recipe.ranks > 1:
-            return "not measured separately on a GPU"
         if name == "launch":
             return f"{self.operations:,} operations"
         if name == "arithmetic" and seconds:
@@ -90,23 +109,28 @@ class Explanation:
 
 
 def explain(
-    recipe: Recipe, repeats: int | None = None, stop: threading.Event | None = None
+    recipe: Recipe,
+    repeats: int | None = None,
+    stop: threading.Event | None = None,
+    folder: str | Path | None = None,
 ) -> Explanation | None:
     """Run the recipe `repeats` times, profile it once, and explain its speed.
 
     `repeats` is 3 by default, or 1 in quick mode. Each run takes STEPS steps after its
-    warm-up, in fresh processes. Returns None if `stop` was set meanwhile.
+    warm-up, in fresh processes. `folder`: of the trace file. Returns None if `stop` was set
+    meanwhile.
     """
-    recipe = recipe.replace(steps=recipe.warmup_steps + STEPS, evaluate=False)
+    if recipe.device == "mps":
+        raise CnnlabError("torch's profiler does not see the kernels of Apple's GPUs. Use the CPU.")
+    timed = recipe.replace(steps=recipe.warmup_steps + STEPS, evaluate=False)
     finished = []
     for _ in range(repeats or full_or_quick(3, 1)):
-        slowest = slowest_rank(launcher.run(recipe, stop), recipe.ranks)
+        slowest = slowest_rank(launcher.run(timed, stop), recipe.ranks)
         if slowest is None:
             return None
         finished.append(slowest)
-    arguments = (single_rank_recipe(recipe),)
-    profiles = list(launcher.stream(profile_steps, arguments, 1, stop, backend=None))
-    return _make_explanation(recipe, finished, *profiles[0]) if profiles else None
+    results = list(stream_profile(_profile_and_count, timed, STEPS, folder, stop))
+    return _make_explanation(timed, finished, *results[0]) if results else None
 
 
 def single_rank_recipe(recipe: Recipe) -> Recipe:
@@ -118,25 +142,69 @@ def single_rank_recipe(recipe: Recipe) -> Recipe:
     return recipe.replace(**alone, batch_size=share, threads=threads)
 
 
-def _make_explanation(recipe, finished, seconds, figures):
-    """The `Explanation` from the ends of the recipe's runs and the results of `profile_steps`.
+def _profile_and_count(
+    rank: int, world: int, recipe: Recipe, trace_file: Path
+) -> Iterator[tuple[Finished, Profile, dict]]:
+    """Of rank 0: what `profile_rank` yields, and the figures of its `Explanation`."""
+    for finished, profile in profile_rank(rank, world, recipe, trace_file):
+        share = single_rank_recipe(recipe)
+        size, mib = (1024, 64) if recipe.device == "cpu" else (8192, 256)
+        peak, _, _ = peaks.peak_flops(recipe.precision, recipe.device, share.threads, size)
+        copied, _, _ = peaks.copy_bandwidth(recipe.device, share.threads, mib)
+        counted = count_flops_and_bytes(share)
+        figures = {name: number // recipe.model_ranks for name, number in counted.items()}
+        yield finished, profile, {**figures, "peak_flops": peak, "peak_copy": copied}
+
+
+class BytesMoved(TorchDispatchMode):
+    """Counts the bytes that operations other than arithmetic read and write."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if not operation.is_view and not is_arithmetic(operation.name()):
+            tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+            self.bytes += sum(tensor.nbytes for tensor in tensors)
+        return result
+
+
+def count_flops_and_bytes(recipe: Recipe) -> dict[str, int]:
+    """`flops` of arithmetic and bytes `moved` by all other operations in one eager step."""
+    channels, size, classes = shape = datasets.load(recipe).shape
+    network = build(recipe, shape).to(recipe.device)
+    images = torch.randn(recipe.batch_size, channels, size, size, device=recipe.device)
+    labels = torch.randint(classes, (recipe.batch_size,), device=recipe.device)
+    optimizer, _ = make_optimizer(recipe, network, recipe.steps or 1)
+    with FlopCounterMode(display=False) as flops, BytesMoved() as moved:
+        with techniques.autocast(recipe):
+            loss = cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+    return {"flops": flops.get_total_flops(), "moved": moved.bytes}
+
+
+def _make_explanation(recipe, finished, profiled, profile, figures):
+    """The `Explanation` from the ends of the recipe's runs and the results of the profiled one.
 
     The runs give the time of a step and of waiting. The profiler slows a run down, so it only says
     how the computing time divides.
     """
     median = sorted(finished, key=lambda end: end.step_s)[len(finished) // 2]
+    launch = max(0.0, profiled.compute_s - sum(profile.parts.values()))
+    seconds = {**profile.parts, "launch": launch}
     scale = median.compute_s / sum(seconds.values())
-    for name in ("flops", "moved", "operations"):  # of a whole replica
-        figures[name] //= recipe.model_ranks
     return Explanation(
         recipe=recipe,
         images_per_s=statistics.median(end.images_per_s for end in finished),
         step_s=median.step_s,
         parts={
             "loader": median.waiting_s,
-            **{name: scale * profiled for name, profiled in seconds.items()},
+            **{name: scale * profiled_s for name, profiled_s in seconds.items()},
             "communication": median.communication_s or 0.0,
         },
+        operations=profile.num_operations,
+        profile=profile,
         **figures,
     )
 

@@ -1,115 +1,205 @@
-"""Profiling one rank: seconds by category, FLOP and bytes of a step."""
+"""Profiles: the operations of the last training steps on a timeline, and the most expensive ones.
+
+A `Profile` comes from a recipe, or from any `torch.profiler.profile` of a lesson.
+"""
 
 import os
-import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+import tempfile
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import DeviceType
-from torch.nn.functional import cross_entropy
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.profiler import ProfilerActivity
 
 from cnnlab.data import datasets
 from cnnlab.events import Finished, Progress
-from cnnlab.measure import peaks
-from cnnlab.model import build
+from cnnlab.launch import launcher, worker
+from cnnlab.measure.profile_events import Span, find_steps, make_lanes, sorted_events
 from cnnlab.recipe import Recipe
-from cnnlab.training import techniques
-from cnnlab.training.loop import make_optimizer, train
 
-# In the names of operations and of GPU kernels:
-ARITHMETIC = re.compile("conv|mm|linear|gemm|cutlass|xmma|nvjet|winograd|wgrad|dgrad|fprop")
-# Generated kernels, whose names also list what was fused into them:
-FUSED_PREFIXES = ("triton_poi", "triton_per", "triton_red")
-RANGES = re.compile(  # at the start of the names of events that span other operations
-    r"enumerate\(DataLoader\)|Optimizer\.|ProfilerStep|autograd::|Torch|CompiledFunction"
-)
+SHOWN_STEPS = 2  # on the timeline, the last ones
 
 
-def profile_steps(rank: int, world: int, recipe: Recipe) -> Iterator[tuple[dict, dict]]:
-    """Train under the profiler, in this process: (seconds per step by category, other figures).
+class Operation(NamedTuple):
+    """All calls of an operation, per step."""
 
-    The categories are `arithmetic`, `memory` and `launch`, the time in which no operation ran; on a
-    GPU they are those of its kernels. The figures are `operations`, `flops` and `moved` (bytes) per
-    step, and the measured `peak_flops` and `peak_copy` with the recipe's threads.
+    name: str
+    category: str
+    calls: float
+    seconds: float
+    share: float  # of the step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a process and its GPU did in training steps; `str()` is a table."""
+
+    title: str
+    steps: int  # profiled
+    step_s: float  # under the profiler, which slows a program down
+    idle_s: float  # per step without an operation: Python, and gaps between kernels
+    operations: list[Operation]  # the most expensive first
+    lanes: dict[str, list[Span]]  # of the last steps: loader, CPU, GPU streams, communication
+    parts: dict[str, float]  # seconds per step of arithmetic, memory and copies
+    num_operations: int  # per step: GPU kernels, or operations on the CPU
+    trace_file: Path | None
+
+    def __str__(self) -> str:
+        title = f"{self.title}: " if self.title else ""
+        lines = [
+            f"{title}{1000 * self.step_s:.2f} ms per step under the profiler ({self.steps} steps)",
+            f"  {'operation':36}{'calls/step':>10}{'ms/step':>10}{'share':>7}",
+        ]
+        for row in self.operations[:12]:
+            figures = f"{row.calls:10.1f}{1000 * row.seconds:10.3f}{row.share:7.0%}"
+            lines.append(f"  {row.name[:35]:36}{figures}")
+        idle = f"{1000 * self.idle_s:20.3f}{self.idle_s / self.step_s:7.0%}"
+        lines.append(f"  {'(no operation)':36}{idle}")
+        if self.trace_file:
+            lines.append(f"Trace file: {self.trace_file}\nOpen it at https://ui.perfetto.dev")
+        return "\n".join(lines)
+
+
+def profile(
+    recipe: Recipe,
+    steps: int = 10,
+    folder: str | Path | None = None,
+    stop: threading.Event | None = None,
+) -> Profile | None:
+    """Train in fresh processes and profile rank 0 for `steps` steps after the warm-up.
+
+    The trace file is written to `folder`, by default a new temporary one. Returns None if `stop`
+    was set meanwhile.
     """
+    results = list(stream_profile(profile_rank, recipe, steps, folder, stop))
+    return results[0][1] if results else None
+
+
+def stream_profile(
+    function: Callable,
+    recipe: Recipe,
+    steps: int,
+    folder: str | Path | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[Any]:
+    """Yield what function(rank, world, recipe, trace_file) yields in the ranks of the recipe."""
+    recipe = recipe.replace(steps=recipe.warmup_steps + steps, evaluate=False)
+    worker.check_runnable(recipe, None)
+    datasets.download(recipe)
+    parallel = recipe.ranks > 1 or recipe.strategy == "ddp"
+    backend = worker.select_backend(recipe, recipe.ranks) if parallel else None
+    folder = Path(folder or tempfile.mkdtemp(prefix="cnnlab-profile-")).expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{recipe.model}-batch{recipe.batch_size}-{recipe.device}"
+    arguments = (recipe, _new_file(folder, name))
+    yield from launcher.stream(function, arguments, recipe.ranks, stop, backend=backend)
+
+
+def profile_rank(
+    rank: int, world: int, recipe: Recipe, trace_file: Path
+) -> Iterator[tuple[Finished, Profile]]:
+    """Train one rank. Rank 0 is profiled after the warm-up; it yields its end and its profile."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print into the notebook
-    gpu = recipe.device == "cuda"
-    events = train(recipe)
+    events = worker.train_rank(rank, world, recipe, None)
+    if rank > 0:
+        deque(events, maxlen=0)
+        return
     for event in events:
-        warmed_up = isinstance(event, Progress) and event.step == recipe.warmup_steps
+        warmed_up = isinstance(event, Progress) and event.step >= recipe.warmup_steps
         if warmed_up or not recipe.warmup_steps:
             break
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
+    on_cpu = recipe.device == "cpu"
+    activities = [ProfilerActivity.CPU] if on_cpu else torch.profiler.supported_activities()
+    with torch.profiler.profile(activities=activities) as profiler:
         *_, finished = events
     assert isinstance(finished, Finished)
-    steps = finished.steps - recipe.warmup_steps
-    seconds, operations = time_by_category(profiler.events(), gpu, steps)
-    seconds["launch"] = max(0.0, finished.compute_s - sum(seconds.values()))
-    size, mib = (8192, 256) if gpu else (1024, 64)
-    peak, _, _ = peaks.peak_flops(recipe.precision, recipe.device, recipe.threads, size)
-    copied, _, _ = peaks.copy_bandwidth(recipe.device, recipe.threads, mib)
-    figures = {"operations": operations, "peak_flops": peak, "peak_copy": copied}
-    yield seconds, figures | count_flops_and_bytes(recipe)
+    title = f"{recipe.model} on {recipe.data}, batch {recipe.batch_size}, {recipe.device}"
+    yield finished, summarize_profile(profiler, None, trace_file, title)
 
 
-def time_by_category(events: Iterable[Any], gpu: bool, steps: int) -> tuple[dict[str, float], int]:
-    """({"arithmetic": seconds, "memory": seconds}, number of operations) per step.
+def summarize_profile(
+    profiler: Any,
+    steps: int | None = None,
+    trace_file: str | Path | None = None,
+    title: str = "",
+) -> Profile:
+    """The `Profile` of a finished `torch.profiler.profile`, whose trace is saved as `trace_file`.
 
-    `events` of the profiler cover `steps` steps. With `gpu`, only GPU kernels count.
+    `steps`: in the profile. By default it counts `profiler.step()`, or else `optimizer.step()`.
     """
-    seconds, operations = {"arithmetic": 0.0, "memory": 0.0}, 0
-    for event in events:
-        if gpu and event.device_type != DeviceType.CUDA:
-            continue  # a call; its kernels are events of their own
-        own_us = event.self_device_time_total if gpu else event.self_cpu_time_total
-        if own_us and not RANGES.match(event.name) and not in_loader(event):
-            category = "arithmetic" if is_arithmetic(event.name) else "memory"
-            seconds[category] += own_us / 1e6 / steps
-            operations += 1
-    return seconds, operations // steps
+    if trace_file is not None:
+        trace_file = Path(trace_file)
+        profiler.export_chrome_trace(str(trace_file))
+    events = sorted_events(profiler)
+    starts, counted = find_steps(events)
+    steps = steps or counted
+    lanes, leaves = make_lanes(events)
+    on_gpu = any(name.startswith("GPU") for name in lanes)
+    busy = [
+        span
+        for name, lane in lanes.items()
+        for span in lane
+        if not (on_gpu and name.startswith("CPU"))
+    ]
+    begin = starts[0]
+    step_s = max(1e-9, max((span.end for span in busy), default=0.0) - begin) / steps
+    first = starts[-SHOWN_STEPS:][0]
+    parts = dict.fromkeys(("arithmetic", "memory", "copies"), 0.0)
+    for part, seconds in leaves:
+        parts[part] += seconds / steps
+    return Profile(
+        title=title,
+        steps=steps,
+        step_s=step_s,
+        idle_s=max(0.0, step_s - union_s(busy) / steps),
+        operations=_sum_operations(busy, steps, step_s),
+        lanes={name: _shift(lane, first) for name, lane in lanes.items()},
+        parts=parts,
+        num_operations=len(leaves) // steps,
+        trace_file=trace_file,
+    )
 
 
-def is_arithmetic(name: str) -> bool:
-    """Whether the operation or GPU kernel of that name is a convolution or a matrix product."""
-    return bool(ARITHMETIC.search(name.lower())) and not name.startswith(FUSED_PREFIXES)
+def union_s(spans: Iterable[Span]) -> float:
+    """Seconds in which at least one of the spans lasts."""
+    total, until = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.start):
+        total += max(0.0, span.end - max(span.start, until))
+        until = max(until, span.end)
+    return total
 
 
-def in_loader(event: Any) -> bool:
-    """Whether the operation was part of fetching a batch."""
-    while event.cpu_parent is not None:
-        event = event.cpu_parent
-    return event.name.startswith("enumerate(DataLoader)")
+def _new_file(folder, name):
+    """A file of that name, numbered if there is one."""
+    file, number = folder / f"{name}.json.gz", 1
+    while file.exists():
+        number += 1
+        file = folder / f"{name}-{number}.json.gz"
+    return file
 
 
-class BytesMoved(TorchDispatchMode):
-    """Counts the bytes that operations other than arithmetic read and write."""
+def _sum_operations(spans, steps, step_s):
+    """An `Operation` for each name and category, the most expensive first."""
+    groups = defaultdict(list)
+    for span in spans:
+        groups[span.name, span.category].append(span.end - span.start)
+    rows = [
+        Operation(
+            name, category, len(times) / steps, sum(times) / steps, sum(times) / steps / step_s
+        )
+        for (name, category), times in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row.seconds)
 
-    bytes = 0
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        if not operation.is_view and not is_arithmetic(operation.name()):
-            tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
-            self.bytes += sum(tensor.nbytes for tensor in tensors)
-        return result
-
-
-def count_flops_and_bytes(recipe: Recipe) -> dict[str, int]:
-    """`flops` of arithmetic and bytes `moved` by all other operations in one eager step."""
-    channels, size, classes = shape = datasets.load(recipe).shape
-    network = build(recipe, shape).to(recipe.device)
-    images = torch.randn(recipe.batch_size, channels, size, size, device=recipe.device)
-    labels = torch.randint(classes, (recipe.batch_size,), device=recipe.device)
-    optimizer, _ = make_optimizer(recipe, network, recipe.steps or 1)
-    with FlopCounterMode(display=False) as flops, BytesMoved() as moved:
-        with techniques.autocast(recipe):
-            loss = cross_entropy(network(images), labels)
-        loss.backward()
-        optimizer.step()
-    return {"flops": flops.get_total_flops(), "moved": moved.bytes}
+def _shift(spans, first):
+    """The spans from `first` on, with times relative to it."""
+    return [
+        span._replace(start=span.start - first, end=span.end - first)
+        for span in spans
+        if span.start >= first
+    ]

@@ -3,6 +3,7 @@
 from cnnlab.plots.memory import memory_bars, traffic_bars
 from cnnlab.plots.pipeline import schedule_diagram
 from cnnlab.plots.prediction import prediction_curve
+from cnnlab.plots.profiling import profile_timeline
 from cnnlab.plots.runs import accuracy, loss, loss_curve, throughput
 from cnnlab.plots.scaling import scaling_curve
 from cnnlab.plots.speed import ladder_bars, roofline, speedup_bars

@@ -1,0 +1,79 @@
+"""A profile as a timeline: what ran in each thread and on each GPU stream, and the gaps."""
+
+from typing import TYPE_CHECKING
+
+from cnnlab.plots.style import COLORS, PHASES, REJECTED, Axes, legend_above_bars
+
+if TYPE_CHECKING:
+    from cnnlab.measure.profile import Profile
+
+CATEGORIES = {  # of spans: (color, label)
+    "arithmetic": (COLORS[0], "convolutions, matrix products"),
+    "memory": (COLORS[5], "other operations"),
+    "optimizer": (COLORS[2], "optimizer"),
+    "loader": (PHASES["waiting"], "loader"),
+    "copies": (COLORS[3], "copies to and from the GPU"),
+    "communication": (PHASES["communication"], "communication"),
+    "synchronize": (REJECTED, "waiting for the GPU"),
+}
+DARK = ("arithmetic", "optimizer", "communication")  # colors for white text
+FONT_SIZE = 7.5
+HEIGHT = 0.8  # of a box; the distance of two rows is 1
+
+
+def profile_timeline(
+    ax: Axes, profile: "Profile", window: tuple[float, float] | None = None
+) -> None:
+    """Draw the last steps of a profile: a row for each lane, a box for each operation.
+
+    White gaps are time without an operation. `window`: the milliseconds (from, to) to show.
+    """
+    lanes = profile.lanes
+    ends = [1000 * span.end for spans in lanes.values() for span in spans]
+    left, right = window or (0.0, max(ends, default=1.0))
+    for category, (color, label) in CATEGORIES.items():
+        for row, spans in enumerate(lanes.values()):
+            bars = [
+                (1000 * span.start, 1000 * (span.end - span.start))
+                for span in spans
+                if span.category == category
+            ]
+            if bars:
+                line = {"edgecolor": "white", "linewidth": 0.3}
+                ax.broken_barh(bars, (row - HEIGHT / 2, HEIGHT), color=color, label=label, **line)
+                label = "_"  # one entry in the legend
+    ax.set(xlim=(left, right), xlabel="milliseconds, latest steps")
+    ax.set_ylim(max(len(lanes), 2) - 0.5, -1.0)  # the first row leaves room for the legend
+    ax.set_yticks(range(len(lanes)), list(lanes))
+    ax.spines[["top", "right"]].set_visible(False)
+    _write_names(ax, lanes, right - left)
+    legend_above_bars(ax, 4)
+
+
+def _write_names(ax, lanes, width_ms):
+    """Write the name of each operation into its box where it fits, across or upward."""
+    size, frame = ax.figure.get_size_inches(), ax.get_position()
+    letter = 0.62 * FONT_SIZE  # points
+    across = 72 * size[0] * frame.width / width_ms / letter  # letters per millisecond
+    upward = int(HEIGHT * 72 * size[1] * frame.height / (max(len(lanes), 2) + 0.5) / letter)
+    for row, spans in enumerate(lanes.values()):
+        for span in spans:
+            letters = int(1000 * (span.end - span.start) * across)
+            if letters < 3:
+                continue
+            rotation = 0 if letters > min(len(span.name), upward) else 90
+            ax.text(
+                500 * (span.start + span.end),
+                row,
+                _shorten(span.name, upward if rotation else letters - 1),
+                rotation=rotation,
+                fontsize=FONT_SIZE,
+                ha="center",
+                va="center",
+                clip_on=True,
+                color="white" if span.category in DARK else "black",
+            )
+
+
+def _shorten(name, letters):
+    return name if len(name) <= letters else name[: letters - 1] + "…"
