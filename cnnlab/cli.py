@@ -142,7 +142,7 @@ class Ladder:
     """Try every technique, keep those that pay, and print the best recipe."""
 
     quick: FlagCreatePairsOff[bool] = False  # few steps and repeats: a minute, wider intervals
-    repeats: int | None = None  # runs of each rung; None: 3 if quick, otherwise 5
+    repeats: int | None = None  # runs of each rung; None: 3 if quick or with a GPU, otherwise 5
     json: File = None  # write the result as JSON
     png: File = None  # draw the result
     record: Folder = None  # save the result and a run of the best recipe in this folder
@@ -202,9 +202,11 @@ class Ladder:
             return result
 
         found: dict[str, Any] = {}
-        repeats = self.repeats or (3 if self.quick else 5)
+        short = self.quick or machine.describe().accelerators
+        repeats = self.repeats or (3 if short else 5)
+        gpu_seconds = 0.2 if self.quick else 2.0
         with tqdm(total=len(rungs), unit="rung", file=sys.stderr) as bar:
-            for rung in climb(recipe, rungs, repeats):
+            for rung in climb(recipe, rungs, repeats, gpu_seconds=gpu_seconds):
                 bar.set_description(f"{rung.name}, run {len(rung.measurement.images_per_s) + 1}")
                 found[rung.name] = rung
                 if rung.kept is not None and rung.name != "baseline":

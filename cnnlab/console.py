@@ -65,7 +65,12 @@ def rung_line(rung: Any) -> str:
     speed = f"{rung.measurement.quartiles[1]:10,.0f} images/s"
     speedup = f"{rung.over_baseline.value:5.2f}x baseline"
     verdict = "kept" if rung.kept else "does not pay, left out"
-    return f"{rung.name:24} {speed}  {speedup}  {verdict}: {rung.over_below}"
+    line = f"{rung.name:24} {speed}  {speedup}  {verdict}: {rung.over_below}"
+    if rung.accuracy_below is not None:  # the batches differ
+        accuracy = rung.measurement.accuracy
+        line += f"; batch {rung.recipe.batch_size}, accuracy {accuracy:.1%}, below "
+        line += f"{rung.accuracy_below:.1%}"
+    return line
 
 
 def prediction_lines(result: dict[str, Any]) -> Iterator[str]:

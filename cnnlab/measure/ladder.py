@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -13,8 +14,10 @@ from cnnlab import machine, record
 from cnnlab.launch.failures import RankError
 from cnnlab.machine import Machine
 from cnnlab.measure.compare import Measurement, Speedup, measure_interleaved, speedup
+from cnnlab.measure.gpu_runs import measure_once, same_work, saturating_batch
 from cnnlab.measure.techniques import ONE_CORE, TECHNIQUES, Changes
-from cnnlab.recipe import Recipe, changes
+from cnnlab.recipe import ONLY_CUDA, Recipe, changes
+from cnnlab.values import full_or_quick
 
 RETRY_PREFIX = "again: "  # of a rung that is tried again higher up, unless it was kept
 
@@ -24,17 +27,25 @@ CPU_RUNGS = (
     "whole-batch loader",
     "bf16",
     "pooling before ReLU",
+    "fused optimizer",
     RETRY_PREFIX + "channels_last",
     "torch.compile",
 )
+TIMED_STEPS = ("steps", "warmup_steps")  # not techniques
+LARGER_BATCH: Changes = {"batch_size": None}  # found by measuring: see `saturating_batch`
 GPU_RUNGS: dict[str, Changes] = {  # from plain fp32: what paid off on the CPU is tried again
-    "GPU": {"precision": "fp32", "memory_format": "contiguous"},
+    "GPU": {"precision": "fp32", "memory_format": "contiguous", "fused_optimizer": False},
+    "data on the GPU": {"loader": "device"},
+    "larger batch on the GPU": LARGER_BATCH,
     "TF32 on the GPU": {"precision": "tf32"},
     "channels_last on the GPU": {"memory_format": "channels_last"},
     "bf16 on the GPU": {"precision": "bf16"},
     "fp16 on the GPU": {"precision": "fp16"},
-    RETRY_PREFIX + "whole-batch loader": {"loader": "batch"},
+    RETRY_PREFIX + "larger batch on the GPU": LARGER_BATCH,
+    "cuDNN benchmark": {"cudnn_benchmark": True},
+    "fused optimizer on the GPU": {"fused_optimizer": True},
     "torch.compile on the GPU": {"compiler": "inductor"},
+    "CUDA graphs": {"compiler": "cudagraphs"},
 }
 
 
@@ -48,6 +59,7 @@ class Rung:
     over_below: Speedup | None = None
     kept: bool | None = None
     failed: str | None = None
+    accuracy_below: float | None = None  # of the rung below after as many images, if batches differ
 
     @property
     def recipe(self) -> Recipe:
@@ -71,6 +83,7 @@ class Rung:
             "compile_s": found.compile_s,
             "peak_memory_mib": found.peak_memory_mib,
             "accuracy": found.accuracy,
+            "accuracy_below": self.accuracy_below,
         }
 
 
@@ -93,8 +106,10 @@ def techniques(here: Machine) -> tuple[dict[str, Changes], dict[str, str]]:
         gpu, precision = here.accelerators[0], change.get("precision", "fp32")
         if precision not in gpu.precisions:
             why_not[name] = f"{gpu.name} does not compute {precision} in hardware"
-        elif "loader" in change:
-            rungs[name] = change
+        elif gpu.device != "cuda" and any(
+            change.get(field) == value for field, value, _ in ONLY_CUDA
+        ):
+            why_not[name] = f"it needs CUDA, which {gpu.name} does not have"
         else:
             rungs[name] = {"device": gpu.device, **change}
     replicas = len(here.accelerators) or here.cores
@@ -116,6 +131,8 @@ def baseline_recipe(recipe: Recipe) -> Recipe:
         memory_format="contiguous",
         pooling="after-relu",
         compiler="eager",
+        cudnn_benchmark=False,
+        fused_optimizer=False,
         replicas=1,
     )
 
@@ -125,19 +142,24 @@ def climb(
     rungs: Mapping[str, Changes],
     repeats: int = 5,
     stop: threading.Event | None = None,
+    gpu_seconds: float | None = None,
 ) -> Iterator[Rung]:
     """Try each of `rungs` ({name: changes}) on top of those kept; yield each `Rung` as it grows.
 
     The baseline runs `repeats` times. Then the rung below and each candidate run interleaved,
-    `repeats` times each. A rung is kept if it beats the one below significantly.
+    `repeats` times each. A rung is kept if it beats the one below significantly. On a CPU, a run
+    takes the steps of `recipe`. On a GPU, that would be over in milliseconds: a first run of each
+    candidate gives its speed, and then both take as many images as the faster one trains on in
+    `gpu_seconds` (2 by default, 0.2 in quick mode).
     """
+    seconds = gpu_seconds or full_or_quick(2.0, 0.2)
     # The cache is empty, so that compile times are those of a first compilation.
     with TemporaryDirectory(prefix="cnnlab-compiled-", ignore_cleanup_errors=True) as cache:
         options = {"stop": stop, "env": {"TORCHINDUCTOR_CACHE_DIR": cache}}
-        yield from _climb(recipe, rungs, repeats, options)
+        yield from _climb(recipe, rungs, repeats, seconds, options)
 
 
-def _climb(recipe, rungs, repeats, options):
+def _climb(recipe, rungs, repeats, seconds, options):
     below = _baseline_rung(recipe)
     yield below
     for found in measure_interleaved({"baseline": below.recipe}, repeats, **options):
@@ -146,11 +168,11 @@ def _climb(recipe, rungs, repeats, options):
     below = replace(below, kept=True)
     yield below
     for name, change in rungs.items():
-        candidate = _apply_change(below.recipe, change)
+        candidate = _apply_change(below.recipe, change, seconds, options)
         if candidate == below.recipe:
             continue
         rung = Rung(name=name, measurement=Measurement(name=name, recipe=candidate))
-        attempt = _try_rung(rung, below, repeats, options)
+        attempt = _try_rung(rung, below, repeats, seconds, options)
         for rung in attempt:
             yield rung
         if options["stop"] is not None and options["stop"].is_set():
@@ -169,11 +191,12 @@ def ladder_result(rungs: Iterable[Rung], impossible: Mapping[str, str]) -> dict[
     decided = [rung for rung in rungs if rung.kept is not None and not rung.failed]
     best = [rung for rung in decided if rung.kept][-1]
     baseline, here = decided[0].recipe, machine.describe()
+    changed = changes(baseline, best.recipe)
     return {
         "rungs": [rung.to_dict() for rung in decided],
         "best": best.name,
         "impossible": {**impossible, **failed},
-        "best_recipe": {name: new for name, (_, new) in changes(baseline, best.recipe).items()},
+        "best_recipe": {name: changed[name][1] for name in changed if name not in TIMED_STEPS},
         "recipe": baseline.to_dict(),
         "machine": here.to_dict(),
         "versions": here.versions,
@@ -188,37 +211,62 @@ def _baseline_rung(recipe: Recipe) -> Rung:
     return Rung(name="baseline", measurement=empty, over_baseline=one, over_below=one)
 
 
-def _apply_change(recipe: Recipe, change: Changes) -> Recipe:
+def _apply_change(recipe: Recipe, change: Changes, seconds: float, options: dict) -> Recipe:
     """The recipe with a rung's changes, and the most replicas that divide the batch evenly."""
+    if "batch_size" in change:
+        recipe = recipe.replace(device=change["device"])
+        measure = partial(measure_once, options=options)
+        return recipe.replace(batch_size=saturating_batch(recipe, measure, seconds))
     most = change.get("replicas", recipe.replicas)
     replicas = max(n for n in range(1, most + 1) if recipe.batch_size % n == 0)
     return recipe.replace(**{**change, "replicas": replicas})
 
 
-def _try_rung(rung, below, repeats, options):
+def _try_rung(rung, below, repeats, seconds, options):
     """Run the rung below and this one interleaved; yield the rung first and after each of its runs.
 
     If a rank of this rung fails, the last `Rung` says so; if one of the rung below fails, which has
     run before, that is raised as `RankError`.
     """
     yield rung
-    pair = {below.name: below.recipe.replace(evaluate=False), rung.name: rung.recipe}
-    candidate_runs_next = False
+    recipes = [below.recipe.replace(evaluate=False), rung.recipe]
+    on_gpu = rung.recipe.device != "cpu"
+    first = None
+    candidate_runs_next = on_gpu
     try:
-        for found in measure_interleaved(pair, repeats, **options):
+        if on_gpu:
+            first = measure_once(rung.recipe, options)
+            if first is None:
+                return
+            recipes = same_work(below.measurement, first, seconds)
+        candidate_runs_next = False
+        pair = dict(zip((below.name, rung.name), recipes, strict=True))
+        for found in measure_interleaved(pair, repeats, allow_confounders=on_gpu, **options):
             theirs, ours = found[below.name], found[rung.name]
+            if first is not None:
+                ours = replace(ours, compile_s=first.compile_s)  # now in the cache
             ahead = len(theirs.images_per_s) - len(ours.images_per_s)
             # Every second repeat begins with the candidate.
             candidate_runs_next = ahead > 0 or (ahead == 0 and len(ours.images_per_s) % 2 == 1)
             if ahead == 0:
-                gain = speedup(theirs, ours)
-                total = multiply(below.over_baseline, gain)
-                rung = replace(rung, measurement=ours, over_below=gain, over_baseline=total)
+                rung = _compare_with_below(rung, below, theirs, ours)
                 yield rung
     except RankError as error:
         if not candidate_runs_next:
             raise
         yield replace(rung, failed=error.error)
+
+
+def _compare_with_below(rung, below, theirs, ours):
+    """The rung with the speedups that follow from both measurements."""
+    gain = speedup(theirs, ours)
+    return replace(
+        rung,
+        measurement=ours,
+        over_below=gain,
+        over_baseline=multiply(below.over_baseline, gain),
+        accuracy_below=theirs.accuracy,
+    )
 
 
 def multiply(lower: Speedup, upper: Speedup) -> Speedup:

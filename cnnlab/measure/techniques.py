@@ -8,7 +8,7 @@ from cnnlab.machine import Machine
 from cnnlab.recipe import Recipe
 
 Changes = dict[str, Any]  # fields of a recipe and their new values
-PLAIN = {"cpu", "fp32", "tf32", "contiguous", "after-relu", "eager", "sample"}  # can be improved
+PLAIN = {"cpu", "fp32", "tf32", "contiguous", "after-relu", "eager", "sample", False}  # to improve
 ONE_CORE = "this process may use only one core"
 
 
@@ -110,6 +110,10 @@ TECHNIQUES = {
         changes={"compiler": "inductor"},
         why="torch.compile, which fuses operations",
         needs="C++ compiler",
+    ),
+    "fused optimizer": Technique(
+        changes={"fused_optimizer": True},
+        why="a fused optimizer, which updates all parameters in one kernel",
     ),
     "loader workers": Technique(
         changes=add_loader_worker, why="more loader workers, as long as cores are idle"

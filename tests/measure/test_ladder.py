@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cnnlab import machine
+from cnnlab.console import rung_line
 from cnnlab.events import Finished
 from cnnlab.launch import launcher
 from cnnlab.machine import Accelerator
@@ -32,6 +33,7 @@ def gpus(*names, device="cuda", precisions=machine.PRECISIONS):
     )
 
 
+LARGER = "larger batch on the GPU"
 BASE = Recipe(model="ResNet9", batch_size=64, steps=3, warmup_steps=1)
 LAPTOP = replace(
     machine.describe(),
@@ -51,6 +53,7 @@ def test_a_laptop_can_try_everything_but_the_gpu():
         "whole-batch loader",
         "bf16",
         "pooling before ReLU",
+        "fused optimizer",
         RETRY_PREFIX + "channels_last",
         "torch.compile",
         "replicas",
@@ -73,7 +76,8 @@ def test_without_a_compiler_there_is_no_torch_compile():
 
 def test_a_gpu_adds_its_own_rungs():
     rungs, why_not = techniques(WITH_GPU)
-    plain = {"precision": "fp32", "memory_format": "contiguous"}  # not what paid off on the CPU
+    # Not what paid off on the CPU.
+    plain = {"precision": "fp32", "memory_format": "contiguous", "fused_optimizer": False}
     assert rungs["GPU"] == {"device": "cuda", **plain}
     # Each rung names the device, so that it can be tried although the rung before was rejected.
     assert rungs["TF32 on the GPU"] == {"device": "cuda", "precision": "tf32"}
@@ -81,9 +85,19 @@ def test_a_gpu_adds_its_own_rungs():
         "replicas": "needs two",
         "torch.compile": "it is tried on the GPU",
     }
-    # The faster the step, the more the loader matters.
+    assert rungs["CUDA graphs"] == {"device": "cuda", "compiler": "cudagraphs"}
+    # The faster the arithmetic, the larger the batch that saturates it.
     names = list(rungs)
-    assert names.index(RETRY_PREFIX + "whole-batch loader") > names.index("bf16 on the GPU")
+    assert names.index(RETRY_PREFIX + LARGER) > names.index("bf16 on the GPU") > names.index(LARGER)
+
+
+def test_a_gpu_without_cuda_gets_no_rungs_that_need_it():
+    apple = gpus("M", device="mps", precisions=("fp32", "fp16"))
+    rungs, why_not = techniques(replace(WITH_GPU, accelerators=apple))
+    for name in ("CUDA graphs", "cuDNN benchmark"):
+        assert name not in rungs and why_not[name] == "it needs CUDA, which M does not have"
+    for change in rungs.values():
+        Recipe(**{name: value for name, value in change.items() if name != "batch_size"})
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -167,6 +181,8 @@ def speeds(monkeypatch):
         if stop is not None and stop.is_set():
             return
         calls.append((recipe, dict(env)))
+        if recipe.batch_size > run.largest_batch:
+            raise launcher.RankError(0, "OutOfMemoryError: CUDA out of memory", "its traceback")
         rate = 100.0 * (1 + 0.001 * (len(calls) % 3))
         for (field, value), factor in factors.items():
             if getattr(recipe, field) == value:
@@ -189,7 +205,7 @@ def speeds(monkeypatch):
             )
 
     monkeypatch.setattr("cnnlab.launch.launcher.run", run)
-    run.factors, run.calls = factors, calls
+    run.factors, run.calls, run.largest_batch = factors, calls, 10_000
     return run
 
 
@@ -255,6 +271,77 @@ def test_a_failure_of_the_rung_below_is_not_blamed_on_the_candidate(speeds, monk
     monkeypatch.setattr(launcher, "run", run)
     with pytest.raises(launcher.RankError, match="killed"):
         outcomes({"threads": {"threads": 4}, "bf16": {"precision": "bf16"}})
+
+
+def test_a_candidate_that_runs_first_and_fails_is_blamed(speeds, monkeypatch):
+    def run(recipe, stop=None, env=None):
+        if recipe.threads == 4 and len(speeds.calls) == 5:  # the first run of the second repeat
+            raise launcher.RankError(0, "the process was killed", "")
+        return speeds(recipe, stop, env)
+
+    monkeypatch.setattr(launcher, "run", run)
+    assert outcomes({"threads": {"threads": 4}})["threads"].failed == "the process was killed"
+
+
+GPU = {"GPU": {"device": "cuda"}}
+BATCH = {LARGER: {"device": "cuda", "batch_size": None}}
+
+
+def test_runs_on_a_gpu_are_long_enough_and_both_train_on_as_many_images(speeds):
+    speeds.factors.update({("device", "cuda"): 50.0, ("precision", "bf16"): 3.0})
+    rungs = {**GPU, "bf16": {"device": "cuda", "precision": "bf16"}}
+    found = outcomes(rungs, gpu_seconds=2.0)
+    assert found["bf16"].kept
+    for name, rate in (("GPU", 5000), ("bf16", 15000)):
+        recipe = found[name].recipe
+        assert (recipe.steps - recipe.warmup_steps) * recipe.batch_size >= 2.0 * rate
+        assert recipe.warmup_steps >= 3  # compilation, and the capture of CUDA graphs
+    fp32 = [recipe.steps for recipe, _ in speeds.calls[-6:] if recipe.precision == "fp32"]
+    assert fp32 == [found["bf16"].recipe.steps] * 3
+    on_cpu = {recipe.steps for recipe, _ in speeds.calls if recipe.device == "cpu"}
+    assert on_cpu == {BASE.steps}
+    best = ladder_result(found.values(), {})["best_recipe"]
+    assert best == {"device": "cuda", "precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    "gains, largest, expected",
+    [
+        ({128: 1.5, 256: 2.0, 512: 2.1}, 10_000, 256),  # the last doubling gains 5%
+        ({128: 1.5, 256: 2.0, 512: 3.0}, 256, 256),  # a larger one does not fit
+        ({128: 1.0}, 10_000, 64),
+        ({128: 9.0}, 64, 64),
+    ],
+)
+def test_the_batch_is_doubled_until_the_gpu_is_saturated_or_full(speeds, gains, largest, expected):
+    speeds.factors["device", "cuda"] = 50.0
+    speeds.factors |= {("batch_size", batch): gain for batch, gain in gains.items()}
+    speeds.largest_batch = largest
+    found = outcomes({**GPU, **BATCH})
+    if expected == BASE.batch_size:
+        assert LARGER not in found
+        return
+    rung = found[LARGER]
+    assert rung.kept and rung.recipe.batch_size == expected
+    # The learning depends on the batch: both are evaluated, after as many images.
+    assert rung.measurement.accuracy == rung.accuracy_below == 0.5
+    assert "accuracy 50.0%, below 50.0%" in rung_line(rung)
+    last = [recipe for recipe, _ in speeds.calls[-6:]]
+    assert sorted(recipe.evaluate for recipe in last) == [False] * 4 + [True] * 2
+    images = {(recipe.steps - recipe.warmup_steps) * recipe.batch_size for recipe in last}
+    assert max(images) - min(images) < expected
+
+
+def test_a_gpu_that_always_fails_does_not_end_the_climb(speeds, monkeypatch):
+    def run(recipe, stop=None, env=None):
+        if recipe.device == "cuda":
+            raise launcher.RankError(0, "CUDA error: no kernel image", "its traceback")
+        return speeds(recipe, stop, env)
+
+    monkeypatch.setattr(launcher, "run", run)
+    rungs, _ = techniques(WITH_GPU)
+    found = outcomes(rungs)
+    assert found["GPU"].failed and found[LARGER].failed and found["CUDA graphs"].failed
 
 
 def test_only_rungs_that_were_not_kept_are_tried_again(speeds):
