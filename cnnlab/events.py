@@ -57,7 +57,7 @@ class Progress:
     accuracy: float  # fraction of this rank's training images classified correctly
     images_per_s: float  # throughput, all ranks together
     warming_up: bool  # whether the speed figures leave these steps out
-    spans: list  # [phase, begin, end] of the latest steps, in Unix time; empty on a GPU
+    spans: list  # [phase, begin, end] of the latest steps, in Unix time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Finished:
     images_per_s: float  # throughput, all ranks together
     step_s: float  # mean time per step, the sum of the next three
     waiting_s: float  # per step, waiting for the loader
-    communication_s: float | None  # per step, waiting for other ranks and data; None on a GPU
+    communication_s: float | None  # per step, waiting for other ranks and data; None: not timed
     compute_s: float  # per step, the rest: transfer, forward, backward, update
     peak_memory_mib: float  # device memory on a GPU, else resident memory of the process
     accuracy: float | None  # held out; None if the recipe does not evaluate

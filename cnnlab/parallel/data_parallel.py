@@ -1,6 +1,5 @@
 """Data-parallel training: DDP, the ring all-reduce by hand, parameter averaging (local SGD)."""
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,7 +24,7 @@ COMPRESSION_HOOKS: dict[str, Any] = {
 def wrap_ddp(model: nn.Module, recipe: Recipe, device: torch.device, clock: Any) -> nn.Module:
     """Average gradients over the ranks with DDP: bucket by bucket, while backward is running.
 
-    On the CPU, `clock` (a `training.clock.Clock`) records when.
+    `clock` (a `training.clock.Clock`) records when.
     """
     bucket_mb, state = recipe.bucket_mb, None
     if recipe.compression == "powersgd":
@@ -36,7 +35,7 @@ def wrap_ddp(model: nn.Module, recipe: Recipe, device: torch.device, clock: Any)
     hook = COMPRESSION_HOOKS[recipe.compression]
 
     def timed_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        began_at = time.perf_counter()
+        began_at = clock.now()
 
         def record(reduced):
             clock.record_communication(began_at)
@@ -44,10 +43,7 @@ def wrap_ddp(model: nn.Module, recipe: Recipe, device: torch.device, clock: Any)
 
         return hook(state, bucket).then(record)
 
-    if device.type == "cpu":
-        ddp.register_comm_hook(state, timed_hook)
-    elif recipe.compression != "none":
-        ddp.register_comm_hook(state, hook)
+    ddp.register_comm_hook(state, timed_hook)
     return ddp
 
 

@@ -49,7 +49,7 @@ def rank_timeline(ax: Axes, runs: Runs) -> None:
 def step_breakdown(ax: Axes, runs: Runs) -> None:
     """Draw the milliseconds per step of each run: compute, data loading, exposed communication.
 
-    A run in progress shows its latest steps; on a GPU it appears when it has finished.
+    A run in progress shows its latest steps.
     """
     steps = {label: parts for label, events in runs.items() if (parts := _step_parts(events))}
     rows = range(len(steps))

@@ -134,7 +134,6 @@ class Meter:
         warm = self.warm if self.warm.images < self.last.images else self.start
         timed = self.last.since(warm)
         steps = max(1, timed.steps)  # other ranks may have left an asynchronous one nothing to do
-        on_gpu = self.clock.device.type != "cpu"
         return Finished(
             rank=self.rank,
             steps=self.step,
@@ -144,7 +143,7 @@ class Meter:
             images_per_s=timed.images / timed.seconds if timed.seconds else 0.0,
             step_s=timed.seconds / steps,
             waiting_s=timed.waiting / steps,
-            communication_s=None if on_gpu else timed.exposed / steps,
+            communication_s=timed.exposed / steps,
             compute_s=(timed.seconds - timed.waiting - timed.exposed) / steps,
             peak_memory_mib=peak_memory_mib(self.clock.device),
             accuracy=accuracy,
