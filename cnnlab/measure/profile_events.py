@@ -78,7 +78,9 @@ def _begin_with(events, text):
 
 def make_lanes(events: Sequence[Any]) -> tuple[dict[str, list[Span]], list[tuple[str, float]]]:
     """({lane: spans}, [(part, seconds) of each GPU kernel or, without a GPU, CPU operation])."""
-    lanes, owners, threads = defaultdict(list), {}, {}
+    lanes: dict[str, list[Span]] = defaultdict(list)
+    owners: dict[int, Span] = {}  # by the numbers of the operations in them
+    threads: dict[int, int] = {}
     on_device = [event for event in events if event.device_type != DeviceType.CPU]
     base = "CPU launches" if on_device else "CPU thread"
     leaves = []

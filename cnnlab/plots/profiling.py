@@ -39,8 +39,10 @@ def profile_timeline(
                 if span.category == category
             ]
             if bars:
-                line = {"edgecolor": "white", "linewidth": 0.3}
-                ax.broken_barh(bars, (row - HEIGHT / 2, HEIGHT), color=color, label=label, **line)
+                rows = (row - HEIGHT / 2, HEIGHT)
+                ax.broken_barh(
+                    bars, rows, facecolor=color, edgecolor="white", linewidth=0.3, label=label
+                )
                 label = "_"  # one entry in the legend
     ax.set(xlim=(left, right), xlabel="milliseconds, latest steps")
     ax.set_ylim(max(len(lanes), 2) - 0.5, -1.0)  # the first row leaves room for the legend
