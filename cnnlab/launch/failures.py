@@ -20,9 +20,22 @@ Kind = Literal[
 # The kinds of messages that report a failure, the most informative first.
 FAILURE_KINDS = ("error", "stopped", "killed", "returned", "late")
 # Texts in the tracebacks of ranks that failed only because another rank had failed.
-PEER_ERRORS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "C10d store")
+PEER_ERRORS = (
+    "gloo",
+    "NCCL",
+    "XCCL",
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "C10d store",
+)
+# In a line that NCCL's watchdog prints in each rank whose collective takes too long.
+WATCHDOG_TIMEOUT = "Watchdog caught collective operation timeout"
+CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL")
 # In a stack dump, the frame of the worker that called the user's function.
 WORKER_FRAME = os.path.join("launch", "worker.py") + '", line'
+# In a line of code: it waits until the GPU has computed a value.
+SYNCHRONIZING = re.compile(r"synchronize\(|\.(item|tolist|cpu|numpy|to)\(|\b(float|int|print)\(")
 # In a stack dump, functions of PyTorch that wait for other ranks, and async's own.
 WAITING_CODE = ("distributed_c10d", "_functional_collectives", " in _wait_for")
 # The same, if they are the innermost: DDP waits in native code.
@@ -66,15 +79,33 @@ def is_peer_error(failure: Message) -> bool:
 
 def is_collective_timeout(failure: Message) -> bool:
     """Whether a rank raised an error because a collective took too long."""
-    return is_peer_error(failure) and "imed out" in failure.traceback
+    texts = ("imed out", WATCHDOG_TIMEOUT, "wait timeout")
+    return is_peer_error(failure) and any(text in failure.traceback for text in texts)
 
 
-def killed(rank: int) -> Message:
+def watchdog_timeout(rank: int, line: str) -> Message | None:
+    """The failure that a printed line of NCCL's watchdog reports, or None.
+
+    The watchdog ends the process up to a minute later. The rank itself may be waiting for its GPU.
+    """
+    if WATCHDOG_TIMEOUT not in line:
+        return None
+    error = "a collective did not finish in time. All ranks must make the same collective calls"
+    return Message(rank, "error", error=error, traceback=f"{line}\n")
+
+
+def killed(rank: int, exit_code: int | None) -> Message:
     """The failure of a rank whose connection ended without a last message."""
+    error = "the process was killed"
+    if exit_code is not None and exit_code >= 0:
+        error = f"the process ended with exit code {exit_code}"
+    elif exit_code is not None and signal.Signals(-exit_code).name in CRASHES:
+        error = f"the process crashed in native code ({signal.Signals(-exit_code).name})"
     text = (
-        f"rank {rank} ended without an error: killed, out of memory, or crashed in native code.\n"
+        f"rank {rank} ended without an error: killed, out of memory, or crashed in native code. "
+        "What it printed may say why.\n"
     )
-    return Message(rank, "killed", error="the process was killed", traceback=text)
+    return Message(rank, "killed", error=error, traceback=text)
 
 
 def find_stopped(pids: dict[int, int]) -> Message | None:
@@ -122,15 +153,23 @@ def enable_stack_dumps(folder: Path, rank: int) -> None:
         faulthandler.register(signal.SIGUSR1, file, all_threads=False)
 
 
-def locate_hang(failure: Message, pids: dict[int, int], folder: Path) -> Message:
+def locate_hang(
+    failure: Message, pids: dict[int, int], folder: Path, report: Message | None = None
+) -> Message:
     """`failure` with the rank that the others wait for, and its stack as the traceback.
 
     `pids`: those of the ranks that have not finished. If all of them wait, the failure keeps its
-    rank.
+    rank. A rank that waits for its GPU may be late, or the GPU may wait for another rank. If there
+    is no other candidate, that is unknown: the result is `report`, of a collective that took too
+    long, with the stacks of all.
     """
     stacks = _dump_stacks(pids, folder)
     busy = [rank for rank, stack in stacks.items() if not _is_waiting(stack)]
-    rank = busy[0] if busy else failure.rank
+    late = [rank for rank in busy if not _is_synchronizing(stacks[rank])]
+    if busy and not late and report is not None and WATCHDOG_TIMEOUT in report.traceback:
+        places = "".join(_describe(rank, stacks[rank]) for rank in stacks)
+        return replace(report, traceback=report.traceback + places)
+    rank = [*late, *busy, failure.rank][0]
     return replace(failure, rank=rank, traceback=_describe(rank, stacks.get(rank, "")))
 
 
@@ -164,6 +203,15 @@ def _is_waiting(stack: str) -> bool:
     is_call = any(call in innermost[0] for call in WAITING_CALLS)
     # An asynchronous collective waits in native code, without a frame of its own.
     return is_call or ".wait(" in linecache.getline(innermost[1], int(innermost[2]))
+
+
+def _is_synchronizing(stack: str) -> bool:
+    """Whether a rank waits for its GPU, which may wait for a collective."""
+    innermost = re.search(r'File "(.*)", line (\d+) in (.*)', stack)
+    if innermost is None:
+        return False
+    line = linecache.getline(innermost[1], int(innermost[2]))
+    return innermost[3] == "synchronize" or bool(SYNCHRONIZING.search(line))
 
 
 def _stack_file(folder: Path, rank: int) -> Path:

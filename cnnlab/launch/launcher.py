@@ -18,6 +18,7 @@ import cloudpickle
 from cnnlab.data import datasets
 from cnnlab.events import Event, Failed, Restarted
 from cnnlab.launch import failures, processes, worker
+from cnnlab.launch.backends import Backend, check_backend
 from cnnlab.launch.failures import Message, RankError
 from cnnlab.launch.processes import RANK_NAME, Env, prewarm
 from cnnlab.launch.worker import train_rank
@@ -79,20 +80,23 @@ def ranks(
     timeout: float | None = None,
     env: Env = None,
     say: Say = print,
+    backend: Backend = None,
 ) -> list:
     """Call function(*args) in `n` processes at once and return the list of values, rank 0's first.
 
-    In each, the process group (gloo) is ready, and RANK, WORLD_SIZE and LOCAL_RANK are set, as by
+    In each, the process group is ready, and RANK, WORLD_SIZE and LOCAL_RANK are set, as by
     torchrun. The function, and what it uses, may be defined in notebook cells. What it prints is
-    shown after its rank. `timeout`: seconds until all must have finished. Raises `RankError` if a
-    rank fails.
+    shown after its rank. `timeout`: seconds until all must have finished. `backend`: "nccl" (with
+    gloo for CPU tensors), "gloo", or None: nccl if each rank has a GPU of its own, else gloo.
+    Raises `RankError` if a rank fails.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise CnnlabError(f"n={n!r} is not allowed. Use a number of ranks: an integer >= 1.")
     if not callable(function):
         raise CnnlabError(f"function={function!r} cannot be called. Pass the function itself.")
     values = {}
-    for event in stream(worker.call_once, (function, args), n, env=env, say=say, timeout=timeout):
+    call, chosen = (function, args), check_backend(backend, n)
+    for event in stream(worker.call_once, call, n, None, env, chosen, say, timeout):
         if not isinstance(event, Failed):  # A RankError follows a Failed.
             rank, value = event
             values[rank] = cloudpickle.loads(value)
@@ -127,6 +131,7 @@ class RankProcesses:
     def __init__(
         self, function: Callable, args: tuple, world: int, backend: str | None, env: Env, say: Say
     ) -> None:
+        processes.check_open_files(world)
         prewarm()
         self.say = say
         self.world = world
@@ -234,7 +239,8 @@ class RankProcesses:
     def _root_cause(self, first: Message) -> Message:
         """The failure that came before all others; `first` is the one that was received first."""
         messages = [first]
-        time.sleep(0.3)  # Failures of other ranks arrive within this time.
+        # Failures of other ranks arrive within this time; each NCCL watchdog looks now and then.
+        time.sleep(2 if failures.WATCHDOG_TIMEOUT in first.traceback else 0.3)
         while not self.inbox.empty():
             messages.append(self.inbox.get())
         for message in messages:
@@ -245,10 +251,14 @@ class RankProcesses:
             if message.kind == "done":
                 self.done.add(message.rank)
         reports = [message for message in messages if message.kind in failures.FAILURE_KINDS]
-        cause = failures.root_cause(reports)
+        first_reports: dict[int, Message] = {}
+        for message in reports:
+            first_reports.setdefault(message.rank, message)
+        cause = failures.root_cause([*first_reports.values()])
         if failures.is_collective_timeout(cause) and self.unfinished:
             error = f"it did not reach a collective within {worker.COLLECTIVE_TIMEOUT_S} s"
-            cause = Message(min(self.unfinished), "late", error=error)
+            late = Message(min(self.unfinished), "late", error=error)
+            return failures.locate_hang(late, self._unfinished_pids(), self.folder, cause)
         elif failures.is_collective_timeout(cause) and self.done:
             return failures.returned(self.done, f"rank {cause.rank} was here:\n{cause.traceback}")
         if cause.kind == "late":
@@ -258,29 +268,28 @@ class RankProcesses:
     def _run_rank(self, rank: int) -> None:
         """Start a rank, put its messages into the inbox, up to the last, and wait for its end."""
         try:
-            process, connection = processes.start_rank(rank, self.world, self.folder)
+            process, connection, pipe = processes.start_rank(rank, self.world, self.folder)
         except Exception:
             error, text = "the process did not start", traceback.format_exc()
             self.inbox.put(Message(rank, "error", error=error, traceback=text))
             return
         self.pids[rank] = process.pid
-        with connection:
+        with connection, pipe:
             if self.cancelled.is_set():  # Checked after noting the pid, so that no rank escapes.
                 process.kill()
             else:
-                self._exchange_messages(rank, connection)
+                self._exchange_messages(rank, process, connection, pipe)
         process.join()
 
-    def _exchange_messages(self, rank: int, connection: Connection) -> None:
-        kind = ""
+    def _exchange_messages(
+        self, rank: int, process: Any, connection: Connection, pipe: Connection
+    ) -> None:
         try:
             connection.send_bytes(self.job)
-            while kind not in ("done", "error", "rejected"):
-                message = connection.recv()
-                self.inbox.put(message)
-                kind = message.kind
+            processes.receive(rank, connection, pipe, self.inbox.put)
         except (EOFError, OSError):
-            self.inbox.put(failures.killed(rank))
+            process.join(1)
+            self.inbox.put(failures.killed(rank, process.exitcode))
         self.closed.wait()  # The process stays until `_root_cause` has looked at it.
         with suppress(OSError):
             connection.send("bye")

@@ -7,20 +7,25 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import psutil
 
-from cnnlab.launch import worker
+from cnnlab.launch import failures, worker
+from cnnlab.launch.failures import Message
+from cnnlab.launch.output import PAUSE_S, PipeReader
+from cnnlab.recipe import CnnlabError
 
 Env = Mapping[str, str] | None
+Put = Callable[[Message], None]
 
 RANK_NAME = "cnnlab-rank"  # of the processes, and of the threads that start them
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
@@ -35,6 +40,10 @@ RANK_ENVIRONMENT = {
 }
 # The environment variables that the fork server was started with. Ranks get later changes.
 server_environment: dict[str, str] = {}
+start_lock = threading.Lock()  # While a process is started, it needs more open files.
+FILES_PER_RANK = 5  # in this process: the connection, the pipe, their other ends, the sentinel
+SPARE_FILES = 32  # to start and inspect processes
+LAST_KINDS = ("done", "error", "rejected")  # of messages
 PRELOAD = ["torch", "torch.distributed.pipelining", "sklearn.datasets", "cnnlab.launch.worker"]
 
 
@@ -67,6 +76,21 @@ def prewarm() -> None:
         _warn_of_edits(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
 
 
+def check_open_files(world: int) -> None:
+    """Raise `CnnlabError` if so many ranks need more open files than this process may have."""
+    if os.name != "posix":
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = psutil.Process().num_fds() + FILES_PER_RANK * world + SPARE_FILES
+    if needed > limit != resource.RLIM_INFINITY:
+        raise CnnlabError(
+            f"{world} ranks need {needed} open files, but this process may have {limit}. Use fewer "
+            f"ranks, or run ulimit -n {2 * needed} in the shell that starts the notebook."
+        )
+
+
 def code_time() -> float:
     """The newest modification time of cnnlab's modules."""
     return max(path.stat().st_mtime for path in Path(worker.__file__).parents[1].rglob("*.py"))
@@ -84,16 +108,50 @@ def _loaded_code_time(server_pid: int) -> float:
     return code_time()
 
 
-def start_rank(rank: int, world: int, folder: Path) -> tuple[Any, Connection]:
-    """Start a process that runs `worker.main`. Returns the process and the connection to it."""
+def start_rank(rank: int, world: int, folder: Path) -> tuple[Any, Connection, Connection]:
+    """Start a process that runs `worker.main`.
+
+    Returns the process, the connection to it, and the pipe with what it prints.
+    """
     _skip_main_import()
     context: Any = multiprocessing.get_context(START_METHOD)
     ours, theirs = context.Pipe()
-    args = (theirs, rank, world, str(folder))
+    printed, prints = context.Pipe(duplex=False)
+    args = (theirs, prints, rank, world, str(folder))
     process = context.Process(target=worker.main, args=args, name=RANK_NAME)
-    with theirs:
+    with theirs, prints, start_lock:
         process.start()
-    return process, ours
+    return process, ours, printed
+
+
+def receive(rank: int, connection: Connection, pipe: Connection, put: Put) -> None:
+    """Pass on the messages and lines of a rank, up to its last message.
+
+    Raises `OSError` or `EOFError` if its process ends without one. `pipe` is closed then.
+    """
+
+    def take_line(line: str) -> None:
+        put(Message(rank, "print", f"[rank {rank}] {line}"))
+        if timeout := failures.watchdog_timeout(rank, line):
+            put(timeout)
+
+    reader = PipeReader(pipe, take_line)
+    kind = ""
+    try:
+        while kind not in LAST_KINDS:
+            sources = [connection] if pipe.closed else [connection, pipe]
+            ready = wait(sources, PAUSE_S if reader.lines.rest.strip() else None)
+            reader.read()  # first, because it was printed before the message was sent
+            if connection in ready:
+                message = connection.recv()
+                kind = message.kind
+                if kind in LAST_KINDS:
+                    reader.finish()
+                put(message)
+            elif not ready:
+                reader.lines.flush()
+    finally:
+        reader.finish()
 
 
 def pack_job(function: Callable, args: tuple, backend: str | None, env: Env) -> bytes:

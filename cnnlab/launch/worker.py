@@ -30,8 +30,10 @@ from cnnlab import machine
 from cnnlab.data import datasets
 from cnnlab.data.loader import system_limit_error
 from cnnlab.events import Event
+from cnnlab.launch import output
+from cnnlab.launch.backends import join_process_group, join_under_torchrun
+from cnnlab.launch.backends import select_backend as select_backend  # for the other layers
 from cnnlab.launch.failures import Kind, Message, enable_stack_dumps
-from cnnlab.launch.output import StdoutForwarder
 from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training import checkpoint, techniques
 from cnnlab.training.async_loop import train_async
@@ -40,12 +42,13 @@ from cnnlab.training.pipeline_loop import train_pipeline
 
 COLLECTIVE_TIMEOUT_S = 60  # A collective that takes longer has lost a rank.
 
-# Keeps process groups alive: destroying one under a live DDP model hangs or crashes the process.
-live_groups: list[dist.ProcessGroup] = []
 
+def main(connection: Connection, pipe: Connection, rank: int, world: int, folder: str) -> None:
+    """Do the job that comes through the connection, and print into the pipe.
 
-def main(connection: Connection, rank: int, world: int, folder: str) -> None:
-    """Do the job that comes through the connection. The entry point of each process."""
+    The entry point of each process.
+    """
+    output.redirect(pipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The notebook handles interrupts.
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # So that loader workers can be killed together with their rank.
@@ -61,19 +64,19 @@ def main(connection: Connection, rank: int, world: int, folder: str) -> None:
             os.register_at_fork(after_in_child=partial(_after_fork, connection))
         try:
             job = pickle.loads(connection.recv_bytes())
-            _set_up(job, channel, rank, world, Path(folder))
+            _set_up(job, rank, world, Path(folder))
             # After the setup, because unpickling imports modules that may depend on it.
             function, args = pickle.loads(job.call)
             for event in function(rank, world, *args):
                 channel.send("event", event)
-            sys.stdout.flush()
+            output.flush()
             channel.send("done")
             connection.recv()  # Until all are done: peers may still use connections to this rank.
         except CnnlabError as error:
             channel.send("rejected", str(error))
             os._exit(1)
         except BaseException as error:
-            sys.stdout.flush()
+            output.flush()
             message = f"{type(error).__name__}: {error}"
             channel.send("error", error=message, traceback=_format_traceback(error))
             connection.poll(10)  # The notebook inspects the other ranks, then kills them all.
@@ -137,7 +140,7 @@ def train_under_torchrun(recipe: Recipe, checkpoints: str | None = None) -> Iter
     check_runnable(recipe, checkpoints)
     _configure_process(local_rank, local_world)
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    join_process_group(select_backend(recipe, local_world), timeout=timeout)
+    join_under_torchrun(recipe, timeout)
 
     # One rank of each machine downloads, which may take longer than a collective is allowed to.
     download_group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
@@ -163,35 +166,7 @@ def check_runnable(recipe: Recipe, checkpoints: str | Path | None = None) -> Non
         checkpoint.check_supported(checkpoints, recipe)
 
 
-def select_backend(recipe: Recipe, local_world: int) -> str:
-    """The backend of the process group: the GPUs' own if each rank has a GPU, else gloo."""
-    backends = {"cuda": "nccl", "xpu": "xccl"}  # They do not communicate CPU tensors.
-    if recipe.device in backends and torch.accelerator.device_count() >= local_world:
-        return f"cpu:gloo,{recipe.device}:{backends[recipe.device]}"
-    return "gloo"
-
-
-def join_process_group(backend: str, **options: Any) -> None:
-    """Join the process group; `options` go to `init_process_group`.
-
-    When the user's function calls `init_process_group` again, it finds the group ready.
-    """
-    original = dist.init_process_group
-
-    def init_process_group(*args, **options):
-        if not dist.is_initialized():
-            original(*args, **options)
-            live_groups.append(dist.distributed_c10d._get_default_group())
-
-    if "store" in options and os.name == "posix":  # All ranks are on this machine.
-        loopback = "lo0" if sys.platform == "darwin" else "lo"
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    init_process_group(backend, **options)
-    dist.init_process_group = init_process_group
-    dist.distributed_c10d.init_process_group = init_process_group
-
-
-def _set_up(job: "Job", channel: "Channel", rank: int, world: int, folder: Path) -> None:
+def _set_up(job: "Job", rank: int, world: int, folder: Path) -> None:
     """Everything a rank needs before the user's function is unpickled and called."""
     # Temporary files of Python and cnnlab disappear with the run's folder.
     multiprocessing.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
@@ -204,15 +179,18 @@ def _set_up(job: "Job", channel: "Channel", rank: int, world: int, folder: Path)
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world)
     linecache.cache.update(job.cells)
     enable_stack_dumps(folder, rank)
-    sys.stdout = sys.stderr = StdoutForwarder(channel.send_line)
     builtins.input = sys.breakpointhook = _reject_input
     if job.log_level != logging.WARNING:  # the default
         logging.basicConfig(level=job.log_level)
     _configure_process(rank, world)
     if job.backend:
+        if os.name == "posix":  # All ranks are on this machine.
+            loopback = "lo0" if sys.platform == "darwin" else "lo"
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         store = dist.FileStore(str(folder / "store"), world)
+        options = {"store": store, "rank": rank, "world_size": world}
         timeout = timedelta(seconds=job.timeout)
-        join_process_group(job.backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        join_process_group(job.backend, rank, timeout=timeout, **options)
 
 
 def _reject_input(*_: Any, **__: Any) -> Any:
@@ -233,12 +211,11 @@ def _configure_process(local_rank: int, local_world: int) -> None:
 
 
 def _after_fork(connection: Connection) -> None:
-    """In a loader worker, give up the rank's connection and print to the terminal.
+    """In a loader worker, give up the rank's connection.
 
-    An open copy of the connection would hide from the notebook that the rank was killed.
+    An open copy of it would hide from the notebook that the rank was killed.
     """
     connection.close()
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def _watch_parent(folder: str) -> None:
@@ -279,7 +256,3 @@ class Channel:
             except OSError:  # The notebook kills this process, or is gone: see _watch_parent.
                 time.sleep(10)
                 os._exit(1)
-
-    def send_line(self, line: str) -> None:
-        """Send a printed line, after its rank."""
-        self.send("print", f"[rank {self.rank}] {line}")

@@ -1,5 +1,6 @@
 """Ranks that fail for real: which rank is reported, why, and where it was."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -165,8 +166,7 @@ def test_among_secondary_errors_a_timeout_is_preferred():
 @pytest.mark.parametrize("world, victim", [(1, 0), (2, 0), (2, 1), (4, 3)])
 def test_a_killed_rank_is_named(world, victim):
     failed = failure_of(kill_itself, (victim,), world)
-    assert failed.rank == victim
-    assert "killed" in failed.error
+    assert (failed.rank, failed.error) == (victim, "the process was killed")
 
 
 def test_a_rank_killed_from_outside_while_training_is_named():
@@ -203,7 +203,13 @@ def test_a_rank_that_exits_without_an_error_is_named():
             os._exit(0)
         time.sleep(60)
 
-    assert failure_of(function, (), 2).rank == 1
+    failed = failure_of(function, (), 2)
+    assert (failed.rank, failed.error) == (1, "the process ended with exit code 0")
+
+
+def test_a_crash_in_native_code_is_named():
+    failed = failure_of(lambda rank, world: iter([ctypes.string_at(0)]), (), 1)
+    assert failed.error == "the process crashed in native code (SIGSEGV)"
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this system cannot stop a process")
@@ -336,3 +342,86 @@ def test_a_rank_that_exits_successfully_has_returned_none():
     assert ranks(sys.exit, 2, 0) == [None, None]
     with pytest.raises(RankError, match="SystemExit: 3"):
         ranks(sys.exit, 1, 3)
+
+
+# NCCL, whose watchdog prints a line in each waiting rank, and ends the process a minute later.
+# The ranks imitate it.
+
+
+def synchronize():
+    """Wait for the GPU."""
+    time.sleep(60)
+
+
+def wait_for_nccl(rank):
+    """What happens in a rank that waits for a collective of NCCL."""
+    text = "[rank{0}]:[E1125 ProcessGroupNCCL.cpp:683] [Rank {0}] Watchdog caught collective "
+    text += "operation timeout: WorkNCCL(SeqNum=1, OpType=ALLREDUCE) ran for 60001 milliseconds"
+    os.write(2, (text.format(rank) + "\n").encode())
+    synchronize()
+
+
+def hang_under_nccl(rank, world, culprit):
+    yield rank
+    if rank == culprit:
+        loop_for_ever()
+    time.sleep(0.5 * rank)  # The watchdogs of the ranks do not look at the same time.
+    wait_for_nccl(rank)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_never_reaches_a_collective_of_nccl_is_named(culprit):
+    failed = failure_of(hang_under_nccl, (culprit,), 3)
+    assert failed.rank == culprit
+    assert failed.error == "it did not reach a collective within 60 s"
+    assert "in loop_for_ever" in failed.traceback
+
+
+def test_a_rank_that_nccl_aborts_is_not_taken_for_the_cause():
+    def function(rank, world):
+        yield rank
+        if rank == 1:
+            loop_for_ever()
+        signal.signal(signal.SIGALRM, lambda *_: os.abort())
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        wait_for_nccl(rank)
+
+    assert failure_of(function, (), 2).rank == 1
+
+
+def test_if_all_ranks_wait_for_nccl_or_their_gpu_none_is_said_to_be_late():
+    def function(rank, world):
+        yield rank
+        if rank == 0:
+            synchronize()
+        wait_for_nccl(rank)
+
+    failed = failure_of(function, (), 2)
+    assert failed.rank == 1
+    assert "a collective did not finish in time. All ranks must make the same" in failed.error
+    assert "OpType=ALLREDUCE" in failed.traceback
+    assert "rank 0 is here" in failed.traceback
+    assert failure_of(hang_under_nccl, (None,), 2).error == failed.error
+
+
+def test_a_rank_that_has_returned_is_named_when_nccl_times_out():
+    def function(rank, world):
+        if rank == 1:
+            time.sleep(1)
+            wait_for_nccl(rank)
+        yield rank
+
+    failed = failure_of(function, (), 2)
+    assert failed.rank == 0
+    assert failed.error == "it has returned, but other ranks wait for it in a collective"
+
+
+def test_with_a_timeout_a_rank_that_waits_for_its_gpu_is_not_taken_for_the_cause():
+    def function():
+        if dist.get_rank() == 1:
+            loop_for_ever()
+        synchronize()
+
+    with pytest.raises(RankError) as caught:
+        ranks(function, 2, timeout=2)
+    assert caught.value.rank == 1

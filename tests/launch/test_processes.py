@@ -273,6 +273,38 @@ def test_edits_of_cnnlab_that_do_not_reach_the_ranks_are_announced(monkeypatch):
         ranks(os.getpid, 1)
 
 
+FEW_FILES = """
+import resource
+import sys
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
+
+from cnnlab.launch.launcher import ranks
+from cnnlab.recipe import CnnlabError
+
+try:
+    print(ranks(int, int(sys.argv[2])))
+except CnnlabError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this system has no limit of open files")
+@pytest.mark.parametrize(
+    "limit, world, answer",
+    [
+        (24, 2, "2 ranks need .* open files, but this process may have 24. Use fewer ranks, or "),
+        (64, 40, "40 ranks need .* or run ulimit -n .* in the shell"),
+        (64, 4, r"\[0, 0, 0, 0\]"),
+    ],
+)
+def test_few_open_files_give_one_sentence(limit, world, answer):
+    command = [sys.executable, "-c", FEW_FILES, str(limit), str(world)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert re.match(answer, done.stdout), done.stdout
+    assert "Errno" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("threads", [None, 2])
 def test_the_recipe_decides_the_threads_and_says_so(monkeypatch, threads):
     expected = threads or machine.cores()
