@@ -17,7 +17,7 @@ ClusterPanel("ResNet-50, 4 x 8 V100")"""
 
 def test_training_runs_live_follows_a_slider_and_stops(lab, open_lesson):
     # Many epochs, so that the run does not end by itself during the test.
-    endless = ("epochs=4 if quick else 20", "epochs=400")
+    endless = ("epochs=full_or_quick(20, 1)", "epochs=400")
     page, panel = open_panel(
         lab, open_lesson, "02_training_loop", "widgets.TrainingPanel(", endless
     )
