@@ -71,7 +71,7 @@ def main():
         print(f"largest difference from one process {difference:.0e}")
     if size < 2:
         return
-    buffer = np.zeros((8, 2**20), np.float32)
+    buffer = np.zeros((2, 2**20), np.float32)
     as_buffer = time_messages(lambda to: world.Send(buffer, to), lambda to: world.Recv(buffer, to))
     as_pickle = time_messages(lambda to: world.send(buffer, to), lambda to: world.recv(source=to))
     if rank == 0:

@@ -22,7 +22,7 @@ if PROGRAMS not in sys.path:
 
 from smoothing import smooth  # noqa: E402
 
-TIMEOUT_S = 10  # Three ranks need about 0.5 s, and seconds on a busy machine.
+TIMEOUT_S = 8  # Three ranks need about 0.5 s, and seconds on a busy machine.
 TASKS = {}
 
 
@@ -441,8 +441,8 @@ def two_laws(serial_s, parallel_s, n):
 
     One rank needs `serial_s` seconds for the part that only one rank can do, and `parallel_s`
     seconds for the rest, which n ranks do in 1/n of the time. Amdahl: one rank's time divided by
-    that of n ranks, for the same work. Gustafson: the same for an image that is n times as large.
-    Its parallel part is n times as long, its serial part is not longer.
+    that of n ranks, for this image. Gustafson: the same for a larger image, for which one rank
+    needs `serial_s` seconds for the serial part and n * parallel_s seconds for the rest.
     """
     same_work = (serial_s + parallel_s) / (serial_s + parallel_s / n)
     larger_work = (serial_s + n * parallel_s) / (serial_s + parallel_s)
@@ -469,13 +469,13 @@ TASKS["05.6"] = Task(
     hints=[
         "Write down four times: one rank and n ranks, first for the same image, then for the "
         "larger one. A speedup is the time of one rank divided by that of n ranks.",
-        "For the larger image, n ranks need as long as one rank needs for the original image. "
-        "How long does one rank need for the larger image?",
+        "For the larger image, n ranks need the time that one rank needs for the original image. "
+        "How much time does one rank need for the larger image?",
     ],
     mistakes={
         serial_part_divided_too: "The serial part does not get faster: only one rank can do it.",
-        amdahl_for_both: "The second value is for a larger image: its parallel part is n times as "
-        "long, but its serial part is not.",
+        amdahl_for_both: "The second value is for a larger image. One rank needs more time for "
+        "its parallel part: n * parallel_s.",
         laws_exchanged: "The order is wrong: first Amdahl (the same work), then Gustafson.",
     },
 )
