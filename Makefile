@@ -1,6 +1,7 @@
 # make lab    sets up .venv once, then opens JupyterLab on the first lesson
 # make check  format, lint, layers, types and the fast unit tests: about a minute
 # make test   make check, then everything: all unit tests, all lessons, the browser
+# make test-gpu   the tests that need a GPU; they need torch and pytest, but no Jupyter
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,6 +30,10 @@ check: .venv/ready
 test: check
 	CNNLAB_QUICK=1 CNNLAB_UNATTENDED=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env tests notebooks
 
+# In .venv, or in the Python that has torch for the GPU.
+test-gpu:
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m pytest -o addopts= --confcutdir=tests/gpu -m gpu -rs -v tests/gpu
+
 # JupyterLab's news dialog would greet every learner: its extension is disabled, in .venv only.
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("cnnlab needs Python 3.10 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11")'
@@ -40,4 +45,4 @@ test: check
 clean:
 	rm -rf .venv
 
-.PHONY: lab check test clean
+.PHONY: lab check test test-gpu clean
