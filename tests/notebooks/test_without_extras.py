@@ -37,7 +37,7 @@ PathFinder.find_spec = find_unless_hidden
 socket.socket.connect = connect_locally
 """
 EXPECTED = {  # patterns that a lesson must print
-    "04": ["numba", "pyopencl", "mpi4py", "triton"],
+    "04": ["numba is missing", "no C compiler"],
     "05": ["mpi4py"],
     "06": ["GPU"],
     "07": ["GPU"],
