@@ -1,5 +1,6 @@
 """The processes of the ranks: how they are started, what they get, how they are cleaned up."""
 
+import io
 import linecache
 import logging
 import multiprocessing.spawn
@@ -9,11 +10,13 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import cloudpickle
@@ -157,7 +160,7 @@ def receive(rank: int, connection: Connection, pipe: Connection, put: Put) -> No
 def pack_job(function: Callable, args: tuple, backend: str | None, env: Env) -> bytes:
     """The pickled `worker.Job` for all ranks of a run."""
     job = worker.Job(
-        call=cloudpickle.dumps((function, args)),
+        call=_dumps((function, args)),
         env={**_environment_changes(), **(env or {})},
         cells=_notebook_cells(),
         log_level=logging.getLogger().level,
@@ -165,6 +168,23 @@ def pack_job(function: Callable, args: tuple, backend: str | None, env: Env) -> 
         timeout=worker.COLLECTIVE_TIMEOUT_S,
     )
     return cloudpickle.dumps(job)
+
+
+def _reduce_code(code: CodeType) -> tuple:
+    function, values = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    return function, tuple(code.co_filename if v == "<dynamic-code>" else v for v in values)
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Keeps file names, which cloudpickle 3.1.3 replaces: tracebacks need them to show a cell."""
+
+    dispatch_table = ChainMap({CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
+
+
+def _dumps(value: Any) -> bytes:
+    with io.BytesIO() as file:
+        _Pickler(file).dump(value)
+        return file.getvalue()
 
 
 def _environment_changes() -> dict[str, str | None]:

@@ -1,6 +1,7 @@
 """Nothing outlives a run: no process, socket, shared memory, thread, or file, whatever ends it."""
 
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -13,7 +14,9 @@ from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from random import Random
+from types import CodeType
 
+import cloudpickle
 import psutil
 import pytest
 from helpers import alive, loop_for_ever, wait_until
@@ -351,3 +354,20 @@ def test_an_interrupted_command_line_leaves_no_rank(tmp_path):
     wait_until(lambda: not alive(descendants), "ranks are left")
     assert not list(tmp_path.glob("cnnlab-*"))
     assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+
+
+def test_functions_keep_the_file_names_of_their_cells(monkeypatch):
+    """Also with cloudpickle from 3.1.3 on, which replaces them."""
+    table = cloudpickle.Pickler.dispatch_table
+    reduce_code = table[CodeType]
+
+    def forget_name(code):
+        function, values = reduce_code(code)
+        return function, tuple("<dynamic-code>" if v == code.co_filename else v for v in values)
+
+    monkeypatch.setitem(table, CodeType, forget_name)
+    names = {"__name__": "__main__"}
+    exec(compile("def outer():\n    def inner(): ...\n    return inner", "/cell.py", "exec"), names)
+    job = pickle.loads(processes.pack_job(names["outer"], (), None, None))
+    function, _ = pickle.loads(job.call)
+    assert function.__code__.co_filename == function().__code__.co_filename == "/cell.py"
