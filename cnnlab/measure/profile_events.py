@@ -1,6 +1,7 @@
 """The events of torch.profiler as spans on a timeline: which operation ran where, and when."""
 
 import re
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -63,9 +64,15 @@ def sorted_events(profiler: Any) -> list[Any]:
 
 
 def find_steps(events: Sequence[Any]) -> tuple[list[float], int]:
-    """(when each step or fetch of a batch begins, in seconds; number of steps) of the events."""
+    """(when each step begins, in seconds; number of steps) of the events."""
     marks, updates, loads = (_begin_with(events, x) for x in (STEP, OPTIMIZER + "step", LOADER))
+    updated = [event.time_range.start for event in updates]
     starts = [event.time_range.start for event in marks or loads]
+    if updates and not marks:  # a step may fetch several batches
+        firsts: dict[int, float] = {}
+        for start in starts:
+            firsts.setdefault(bisect(updated, start), start)
+        starts = list(firsts.values())
     if not starts:
         first = [event.time_range.start for event in events[:1]] or [0.0]
         starts = first + [event.time_range.end for event in updates[:-1]]

@@ -20,6 +20,7 @@ from IPython.display import publish_display_data
 from cnnlab.launch.failures import RankError
 from cnnlab.launch.processes import prewarm
 from cnnlab.measure import explain
+from cnnlab.plots import profile_timeline
 from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.widgets.picture import Draw, Picture
 
@@ -54,6 +55,23 @@ def _button(label, icon, on_click, **options):
     button.on_click(on_click)
     button.add_class(f"cnnlab-{label.lower()}")
     return button
+
+
+def _explanation_html(label, explanation):
+    """The report, the timeline of its profile, and where the trace file is."""
+
+    def draw(axes):
+        profile_timeline(axes[0], explanation.profile)
+
+    picture = Picture(1, (9.5, 2.8))
+    picture.figure.subplots_adjust(left=0.13, bottom=0.18, top=0.98)  # for the names of lanes
+    png = base64.b64encode(picture.png(draw, scale=2)).decode()
+    note = f"Trace file: {explanation.profile.trace_file}. Open it at https://ui.perfetto.dev"
+    return (
+        f"<pre>{html.escape(f'{label}: {explanation}')}</pre>"
+        f'<img alt="timeline of the last steps" style="width: 950px; max-width: 100%" '
+        f'src="data:image/png;base64,{png}"><pre>{html.escape(note)}</pre>'
+    )
 
 
 class Panel(widgets.VBox):
@@ -197,8 +215,8 @@ class Panel(widgets.VBox):
             explanation = explain.explain(recipe, stop=stop)
             if explanation is None:  # stopped
                 return
-            report += f"{label}: {explanation}\n\n"
-        self.reason.value = f"<pre>{html.escape(report)}</pre>"
+            report += _explanation_html(label, explanation)
+        self.reason.value = report
         yield "the explanation is below the picture"
 
     def _finish(self, line):

@@ -10,8 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cnnlab import machine, widgets
 from cnnlab.launch import launcher
-from cnnlab.measure.explain import PARTS, Explanation, explain, suggest_next
-from cnnlab.measure.profile import count_flops_and_bytes
+from cnnlab.measure.explain import (
+    PARTS,
+    Explanation,
+    count_flops_and_bytes,
+    explain,
+    suggest_next,
+)
 from cnnlab.model import SmallCNN
 from cnnlab.recipe import CnnlabError, Recipe
 
@@ -80,6 +85,7 @@ def explanation(bound, **changes):
         peak_flops=1e11,
         peak_copy=1e10,
         operations=100,
+        profile=None,
     )
 
 
@@ -128,6 +134,7 @@ def test_the_advice_is_a_change_that_the_recipe_does_not_have_yet(
     "bound, lacking, expected",
     [
         ("launch", [], {"compiler": "inductor"}),
+        ("copies", [], {}),
         ("launch", ["C++ compiler"], {"batch_size": 128}),
         ("arithmetic", ["C++ compiler"], {"precision": "bf16"}),
         ("arithmetic", ["C++ compiler", "bf16"], {"memory_format": "channels_last"}),
@@ -210,7 +217,9 @@ def test_the_panel_shows_the_explanation():
     assert not live.why_button.disabled and live.reason.value == ""
     live.explain()
     live.wait()
-    assert "Most of a step is" in live.reason.value and "below" in live.status.value
+    shown = live.reason.value
+    assert "Most of a step is" in shown and "below" in live.status.value
+    assert 'src="data:image/png;base64,' in shown and "https://ui.perfetto.dev" in shown
     live.controls["threads"].value = 2
     live.wait()
     live.explain()
