@@ -43,7 +43,7 @@ class Profile:
     step_s: float  # under the profiler, which slows a program down
     idle_s: float  # per step without an operation: Python, and gaps between kernels
     operations: list[Operation]  # the most expensive first
-    lanes: dict[str, list[Span]]  # of the last steps: loader, CPU, GPU streams, communication
+    lanes: dict[str, list[Span]]  # of the last steps; LANES has their order
     parts: dict[str, float]  # seconds per step of arithmetic, memory and copies
     num_operations: int  # per step: GPU kernels, or operations on the CPU
     trace_file: Path | None
@@ -136,14 +136,14 @@ def summarize_profile(
         profiler.export_chrome_trace(str(trace_file))
     events = sorted_events(profiler)
     starts, counted = find_steps(events)
-    steps = steps or counted
+    steps = steps or counted or getattr(profiler, "step_num", 0) or 1
     lanes, leaves = make_lanes(events)
     on_gpu = any(name.startswith("GPU") for name in lanes)
     busy = [
         span
         for name, lane in lanes.items()
         for span in lane
-        if not (on_gpu and name.startswith("CPU"))
+        if name != "labels" and not (on_gpu and name.startswith("CPU"))
     ]
     begin = starts[0]
     step_s = max(1e-9, max((span.end for span in busy), default=0.0) - begin) / steps

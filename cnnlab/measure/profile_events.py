@@ -24,7 +24,13 @@ GRAPH = "## Call CompiledFxGraph"  # its own time on a CPU is that of the genera
 AUTOGRAD = "autograd::engine::evaluate_function: "
 RANGES = (GRAPH, "Torch-Compiled Region", "CompiledFunction", AUTOGRAD + "CompiledFunction")
 PARTS = ("communication", "synchronize", "arithmetic", "copies", "memory")  # first counts most
-LANES = ("loader", "CPU", "GPU", "communication")  # how the names of lanes begin, in order
+LANES = (
+    "labels",
+    "loader",
+    "CPU",
+    "GPU",
+    "communication",
+)  # how the names of lanes begin, in order
 
 
 class Span(NamedTuple):
@@ -33,7 +39,7 @@ class Span(NamedTuple):
     name: str
     start: float
     end: float
-    category: str  # arithmetic, memory, optimizer, loader, copies, communication, synchronize
+    category: str  # a key of `plots.profiling.CATEGORIES`
 
 
 def is_arithmetic(name: str) -> bool:
@@ -56,6 +62,7 @@ def readable_name(name: str) -> str:
 def sorted_events(profiler: Any) -> list[Any]:
     """The events of a finished `torch.profiler.profile`, without a loader's last, empty fetch."""
     events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    events = [event for event in events if getattr(event, "activity_type", "") != "overhead"]
     updates = _begin_with(events, OPTIMIZER + "step")
     if not updates:
         return events
@@ -64,7 +71,7 @@ def sorted_events(profiler: Any) -> list[Any]:
 
 
 def find_steps(events: Sequence[Any]) -> tuple[list[float], int]:
-    """(when each step begins, in seconds; number of steps) of the events."""
+    """(when each step begins, in seconds; number of steps, 0 if unknown) of the events."""
     marks, updates, loads = (_begin_with(events, x) for x in (STEP, OPTIMIZER + "step", LOADER))
     updated = [event.time_range.start for event in updates]
     starts = [event.time_range.start for event in marks or loads]
@@ -76,7 +83,7 @@ def find_steps(events: Sequence[Any]) -> tuple[list[float], int]:
     if not starts:
         first = [event.time_range.start for event in events[:1]] or [0.0]
         starts = first + [event.time_range.end for event in updates[:-1]]
-    return [start / 1e6 for start in starts], len(marks) or len(updates) or len(loads) or 1
+    return [start / 1e6 for start in starts], len(marks) or len(updates) or len(loads)
 
 
 def _begin_with(events, text):
@@ -92,6 +99,8 @@ def make_lanes(events: Sequence[Any]) -> tuple[dict[str, list[Span]], list[tuple
     base = "CPU launches" if on_device else "CPU thread"
     leaves = []
     for event in events:
+        if event.device_type == DeviceType.CPU and _is_label(event):
+            lanes["labels"].append(_span(event, "label"))
         if event.device_type != DeviceType.CPU or event.cpu_parent is not None:
             continue
         for span, members in _cpu_spans(event):
@@ -123,10 +132,18 @@ def _launched_by(event):
     return getattr(event, "linked_correlation_id", 0)
 
 
+def _is_label(event):
+    """Whether a program has marked this time with `record_function`."""
+    ours = event.name.startswith((STEP, "nccl:")) or _own_category(event.name)
+    return event.is_user_annotation and not ours
+
+
 def _cpu_spans(event):
     """(span, the events in it) of each operation to show of an event that no other contains."""
     name, category = event.name, _own_category(event.name)
-    if category is None and (event.is_user_annotation or name.startswith(RANGES)):
+    of_python = getattr(event, "is_python_function", False)  # not in all versions of torch
+    is_range = event.is_user_annotation or of_python or name.startswith(RANGES)
+    if category is None and is_range:
         until, rest = event.time_range.start, [event] if name.startswith(GRAPH) else []
         for child in event.cpu_children:
             if name.startswith(GRAPH):

@@ -15,6 +15,7 @@ CATEGORIES = {  # of spans: (color, label)
     "copies": (COLORS[3], "copies to and from the GPU"),
     "communication": (PHASES["communication"], "communication"),
     "synchronize": (REJECTED, "waiting for the GPU"),
+    "label": ("#E5E5E5", "_"),  # of record_function
 }
 DARK = ("arithmetic", "optimizer", "communication")  # colors for white text
 FONT_SIZE = 7.5
@@ -48,31 +49,32 @@ def profile_timeline(
     ax.set_ylim(max(len(lanes), 2) - 0.5, -1.0)  # the first row leaves room for the legend
     ax.set_yticks(range(len(lanes)), list(lanes))
     ax.spines[["top", "right"]].set_visible(False)
-    _write_names(ax, lanes, right - left)
-    legend_above_bars(ax, 4)
+    _write_names(ax, lanes, left, right)
+    if ax.collections:
+        legend_above_bars(ax, 4)
 
 
-def _write_names(ax, lanes, width_ms):
+def _write_names(ax, lanes, left, right):
     """Write the name of each operation into its box where it fits, across or upward."""
     size, frame = ax.figure.get_size_inches(), ax.get_position()
     letter = 0.62 * FONT_SIZE  # points
-    across = 72 * size[0] * frame.width / width_ms / letter  # letters per millisecond
+    across = 72 * size[0] * frame.width / (right - left) / letter  # letters per millisecond
     upward = int(HEIGHT * 72 * size[1] * frame.height / (max(len(lanes), 2) + 0.5) / letter)
     for row, spans in enumerate(lanes.values()):
         for span in spans:
-            letters = int(1000 * (span.end - span.start) * across)
+            start, end = max(left, 1000 * span.start), min(right, 1000 * span.end)
+            letters = int((end - start) * across)
             if letters < 3:
                 continue
             rotation = 0 if letters > min(len(span.name), upward) else 90
             ax.text(
-                500 * (span.start + span.end),
+                (start + end) / 2,
                 row,
                 _shorten(span.name, upward if rotation else letters - 1),
                 rotation=rotation,
                 fontsize=FONT_SIZE,
                 ha="center",
                 va="center",
-                clip_on=True,
                 color="white" if span.category in DARK else "black",
             )
 

@@ -36,6 +36,8 @@ class FakeProfiler:
             device_type=DeviceType.CUDA if on_gpu else DeviceType.CPU,
             device_resource_id=fields.stream,
             is_user_annotation=fields.annotation,
+            is_python_function=False,
+            activity_type=None,
             thread=fields.thread,
             id=number,
             linked_correlation_id=launched_by,
@@ -157,7 +159,8 @@ def test_a_program_of_a_lesson_is_profiled_without_a_recipe(tmp_path):
             loss.backward()
             optimizer.step()
     found = summarize_profile(profiler, trace_file=tmp_path / "trace.json.gz")
-    assert found.steps == 3 and list(found.lanes) == ["loader", "CPU thread"]
+    assert found.steps == 3 and list(found.lanes) == ["labels", "loader", "CPU thread"]
+    assert {span.name for span in found.lanes["labels"]} == {"forward"}
     assert rows(found)["conv2d"].calls == 1 and rows(found)["next batch"].calls == 1
     assert "forward" not in rows(found)
     assert found.lanes["loader"][0].start == pytest.approx(0)
