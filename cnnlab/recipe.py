@@ -263,7 +263,7 @@ def _check_model_parallel(recipe: Recipe) -> None:
 
 
 # (field, value that only CUDA supports, what to use instead)
-ONLY_CUDA = (("precision", "tf32", "bf16"), ("compiler", "cudagraphs", "inductor"))
+ONLY_CUDA: Any = (("precision", "tf32", "bf16"), ("compiler", "cudagraphs", "inductor"))
 ONLY_CUDA += (("cudnn_benchmark", True, False),)
 
 

@@ -13,13 +13,13 @@ from cnnlab.values import full_or_quick
 
 # Fields of a recipe that may differ in a fair comparison.
 COMPUTING = ("device", "threads", "precision", "memory_format", "pooling", "compiler")
-COMPUTING += ("cudnn_benchmark", "fused_optimizer")
+KERNELS = ("cudnn_benchmark", "fused_optimizer")
 LOADING = ("loader", "loader_workers")
 SYNCING = ("strategy", "compression", "bucket_mb", "accumulate", "sync_every", "staleness")
 RANKS = ("replicas", *MODEL_PARALLEL_FIELDS)
 MEMORY = ("recompute", "memory_limit_mib")
 NOT_TIMED = ("evaluate",)
-MAY_DIFFER = (*COMPUTING, *LOADING, *SYNCING, *RANKS, *MEMORY, *NOT_TIMED)
+MAY_DIFFER = (*COMPUTING, *KERNELS, *LOADING, *SYNCING, *RANKS, *MEMORY, *NOT_TIMED)
 
 
 @dataclass(frozen=True, kw_only=True)
