@@ -18,7 +18,7 @@ from cnnlab.events import Finished
 from cnnlab.launch import launcher
 from cnnlab.measure import peaks
 from cnnlab.measure.compare import slowest_rank
-from cnnlab.measure.profile import Profile, profile_rank, stream_profile
+from cnnlab.measure.profile import Profile, profile_rank, sees_gpu, stream_profile
 from cnnlab.measure.profile_events import is_arithmetic
 from cnnlab.measure.techniques import TECHNIQUES, Changes
 from cnnlab.model import build
@@ -120,8 +120,8 @@ def explain(
     warm-up, in fresh processes. `folder`: of the trace file. Returns None if `stop` was set
     meanwhile.
     """
-    if recipe.device == "mps":
-        raise CnnlabError("torch's profiler does not see the kernels of Apple's GPUs. Use the CPU.")
+    if recipe.device != "cpu" and not sees_gpu():
+        raise CnnlabError("torch's profiler does not see this GPU's kernels. Use device='cpu'.")
     timed = recipe.replace(steps=recipe.warmup_steps + STEPS, evaluate=False)
     finished = []
     for _ in range(repeats or full_or_quick(3, 1)):

@@ -112,13 +112,21 @@ def profile_rank(
         warmed_up = isinstance(event, Progress) and event.step >= recipe.warmup_steps
         if warmed_up or not recipe.warmup_steps:
             break
-    on_cpu = recipe.device == "cpu"
-    activities = [ProfilerActivity.CPU] if on_cpu else torch.profiler.supported_activities()
+    activities = {ProfilerActivity.CPU}
+    if recipe.device != "cpu":
+        activities = torch.profiler.supported_activities()
     with torch.profiler.profile(activities=activities) as profiler:
         *_, finished = events
     assert isinstance(finished, Finished)
     title = f"{recipe.model} on {recipe.data}, batch {recipe.batch_size}, {recipe.device}"
+    if recipe.device != "cpu" and not sees_gpu():
+        title += ", whose kernels torch's profiler does not see"
     yield finished, summarize_profile(profiler, None, trace_file, title)
+
+
+def sees_gpu() -> bool:
+    """Whether torch's profiler records the kernels of this machine's GPU: not of Apple's."""
+    return torch.profiler.supported_activities() != {ProfilerActivity.CPU}
 
 
 def summarize_profile(

@@ -69,7 +69,7 @@ def _explanation_html(label, explanation):
     note = f"Trace file: {explanation.profile.trace_file}. Open it at https://ui.perfetto.dev"
     return (
         f"<pre>{html.escape(f'{label}: {explanation}')}</pre>"
-        f'<img alt="timeline of the last steps" style="width: 950px; max-width: 100%" '
+        f'<img alt="timeline of the last steps" style="width: 100%; max-width: 1400px" '
         f'src="data:image/png;base64,{png}"><pre>{html.escape(note)}</pre>'
     )
 

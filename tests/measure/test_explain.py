@@ -89,6 +89,11 @@ def explanation(bound, **changes):
     )
 
 
+def test_on_a_gpu_copies_are_a_part_and_on_a_cpu_they_are_not_listed():
+    assert "copies between CPU and GPU" in str(explanation("launch", device="cuda"))
+    assert "copies" not in str(explanation("launch"))
+
+
 @pytest.mark.parametrize("bound", PARTS)
 def test_the_largest_part_bounds_the_step(bound):
     found = explanation(bound)
@@ -207,6 +212,13 @@ def test_stop_ends_an_explanation():
 def test_a_recipe_that_cannot_run_is_rejected():
     with pytest.raises(CnnlabError, match="batch_size=5000"):
         explain(SMALL.replace(batch_size=5000))
+
+
+def test_without_a_profiler_that_sees_the_gpu_nothing_is_explained(monkeypatch):
+    supported = {torch.profiler.ProfilerActivity.CPU}
+    monkeypatch.setattr("torch.profiler.supported_activities", lambda: supported)
+    with pytest.raises(CnnlabError, match="does not see this GPU's kernels"):
+        explain(SMALL.replace(device="mps"))
 
 
 def test_the_panel_shows_the_explanation():
