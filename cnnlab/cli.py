@@ -63,11 +63,18 @@ def parse(words: Sequence[str] | None) -> "Doctor | Train | Ladder | Predict | R
         about = "Train one CNN, measure it honestly, make it faster."
         return tyro.cli(commands, prog="python -m cnnlab", description=about, args=words)
 
+    words = [expand_home(word) for word in (sys.argv[1:] if words is None else words)]
     command = cli(Train())
     if isinstance(command, Train) and command.recipe_file:
         recipe = Recipe.from_dict(read_json(command.recipe_file, "recipe"))
         command = cli(Train(recipe=RecipeOptions(**recipe.to_dict())))
     return command
+
+
+def expand_home(word: str) -> str:
+    """The word with ~ expanded: shells leave it in --record=~/folder."""
+    option, equals, value = word.rpartition("=")
+    return option + equals + str(record.expand_home(value)) if value.startswith("~") else word
 
 
 def under_torchrun() -> bool:
@@ -116,22 +123,22 @@ class Train:
     def run(self) -> None:
         """Train in new processes; under torchrun, as one of its ranks, of which rank 0 prints."""
         values = self.recipe.to_dict()
-        checkpoints = str(self.checkpoint) if self.checkpoint else None
         if under_torchrun():
             from cnnlab.launch.worker import train_under_torchrun
 
             model_ranks = values["stages"] * values["tensor_ranks"]
             replicas = max(1, int(os.environ["WORLD_SIZE"]) // model_ranks)
             recipe = Recipe(**{**values, "replicas": replicas})
-            stream = train_under_torchrun(recipe, checkpoints)
+            stream = train_under_torchrun(recipe, self.checkpoint)
             if os.environ["RANK"] != "0":
-                exhaust(stream)
+                for _ in stream:
+                    pass
                 return
         else:
             from cnnlab.launch.launcher import run
 
             recipe = Recipe(**values)
-            stream = run(recipe, checkpoints=checkpoints, max_restarts=self.max_restarts)
+            stream = run(recipe, checkpoints=self.checkpoint, max_restarts=self.max_restarts)
         if self.record:
             stream = save_run(self.record, recipe, stream)
         show(stream)
@@ -184,7 +191,7 @@ class Ladder:
             draw(self.png, ladder_bars, result["rungs"], title=title)
         if self.record:
             recipe = Recipe.from_dict(best["recipe"])
-            exhaust(save_run(self.record, recipe, run(recipe)))
+            list(save_run(self.record, recipe, run(recipe)))
 
     def base_recipe(self) -> Recipe:
         settings = {f.name: getattr(self, f.name, None) for f in fields(Recipe)}
@@ -291,8 +298,3 @@ def save_run(folder: Path, recipe: Recipe, stream: Iterable[Event]) -> Iterator[
         if not path.exists() and not path.with_name(f"{path.name}.part").exists():
             break
     return record.save(path, stream, machine.describe().to_dict())
-
-
-def exhaust(stream: Iterable[Event]) -> None:
-    for _ in stream:
-        pass

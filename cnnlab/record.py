@@ -29,6 +29,7 @@ def save(path: str | Path, events: Iterable[Event], machine: dict[str, Any]) -> 
     record is complete or absent. An interrupted run leaves `path.part`, which `load` also reads.
     Raises `CnnlabError` if the file cannot be written.
     """
+    path = expand_home(path)
     part = _part_path(path)
     with write_errors(path):
         part.write_text("")
@@ -54,7 +55,7 @@ def load(path: str | Path) -> "Record":
     A torn last line is dropped and named in `Record.truncated`. Raises `CnnlabError` if the file is
     missing, damaged, or not a record.
     """
-    path = Path(path)
+    path = expand_home(path)
     values, truncated = _read_lines(path)
     try:
         header = values[0]
@@ -111,6 +112,7 @@ def file_name(kind: str, machine: dict[str, Any]) -> str:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as JSON. An existing file is replaced only by a complete one."""
+    path = expand_home(path)
     part = _part_path(path)
     text = json.dumps(value, indent=1) + "\n"
     with write_errors(path):
@@ -124,6 +126,14 @@ def check_writable(path: str | Path) -> None:
     with write_errors(path):
         part.write_text(" " * 65536)  # on a full disk, opening succeeds and writing fails
         part.unlink()
+
+
+def expand_home(path: str | Path) -> Path:
+    """The path with ~ expanded. Raises `CnnlabError` if the user has no home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise CnnlabError(f"{path} cannot be used: there is no home folder. Set HOME.") from None
 
 
 @contextmanager
@@ -159,7 +169,7 @@ def _git(*arguments: str) -> str:
 
 def _part_path(path: str | Path) -> Path:
     """`path.part` in a folder that exists."""
-    path = Path(path)
+    path = expand_home(path)
     if path.is_dir():
         raise CnnlabError(f"cannot write {path}: it is a folder. Choose a file name in it.")
     with write_errors(path):

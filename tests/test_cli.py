@@ -162,6 +162,14 @@ def test_a_run_is_recorded_and_replayed(tmp_path):
     assert len(lines) >= 3 and lines == done.stdout.splitlines()
 
 
+@pytest.mark.parametrize("words", [["--record=~/runs"], ["--record", "~/runs"]])
+def test_a_tilde_in_an_option_is_the_home_folder(tmp_path, words):
+    done = cnnlab("train", *SHORT, *words, folder=tmp_path, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert [path.suffix for path in (tmp_path / "runs").iterdir()] == [".jsonl"]
+    assert not (tmp_path / "~").exists()
+
+
 def test_options_replace_values_of_a_recipe_file(tmp_path):
     recipe = Recipe(batch_size=32, steps=3, seed=5, threads=2, learning_rate=1, replicas=2)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))

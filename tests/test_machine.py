@@ -1,5 +1,6 @@
 """What the machine has and lacks."""
 
+import io
 import json
 import os
 import re
@@ -10,9 +11,11 @@ import torch
 
 from cnnlab import machine
 from cnnlab.console import doctor_lines
+from cnnlab.launch import worker
 from cnnlab.machine import Accelerator
 from cnnlab.plots.style import machine_label
 from cnnlab.recipe import Recipe
+from cnnlab.training import techniques
 
 NAMES = {"NVIDIA GPU", "second GPU", "C++ compiler", "bf16 units", "fp16 units"}
 
@@ -223,6 +226,31 @@ def test_instructions_that_the_system_does_not_list_are_unknown(monkeypatch, fre
     assert here.missing["bf16 units"].startswith("unknown")
     lines = "\n".join(doctor_lines(here, {"fp32": 1e9, "copy": 1e9}, {}))
     assert re.search("emulated +none", lines) and re.search("unknown +bf16, fp16", lines)
+
+
+@pytest.mark.parametrize(
+    "quota, cores", [("50000 100000", 1), ("1000 100000", 1), ("max 100000", 2)]
+)
+def test_a_quota_of_a_container_below_one_core_is_one_core(monkeypatch, quota, cores):
+    """With a control group like `docker run --cpus=0.5`."""
+    from joblib.externals.loky.backend import context
+
+    def open_group(path, *_):
+        assert path == "/sys/fs/cgroup/cpu.max"
+        return io.StringIO(quota)
+
+    monkeypatch.setattr(context, "open", open_group, raising=False)
+    monkeypatch.setattr(context.os.path, "exists", lambda path: str(path).endswith("cpu.max"))
+    monkeypatch.setattr(context, "_cpu_count_affinity", lambda count: 2)
+    monkeypatch.setattr(context.os, "cpu_count", lambda: 2)
+    assert machine.cores() == cores
+    for rank in range(4):
+        threads = []
+        monkeypatch.setattr(torch, "set_num_threads", threads.append)
+        monkeypatch.setattr("cnnlab.training.techniques.pin_to_cores", lambda *_: None)
+        worker._configure_process(rank, 4)
+        techniques.set_threads(Recipe())
+        assert threads == [1, cores]
 
 
 def test_physical_and_logical_cores_are_told_apart(monkeypatch, fresh_description, fake_gpus):

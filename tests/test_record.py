@@ -25,6 +25,23 @@ def test_save_passes_every_event_through(tmp_path, short_run):
     assert list(record.save(tmp_path / "run.jsonl", short_run, MACHINE)) == short_run
 
 
+def test_a_path_may_start_with_a_tilde(tmp_path, short_run, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    list(record.save("~/runs/run.jsonl", short_run, MACHINE))
+    record.write_json("~/runs/values.json", {})
+    record.check_writable("~/runs/other")
+    assert list(record.replay("~/runs/run.jsonl")) == short_run
+    assert sorted(os.listdir(tmp_path / "runs")) == ["run.jsonl", "values.json"]
+    assert os.listdir(tmp_path) == ["runs"]
+
+
+def test_a_tilde_without_a_home_folder_is_rejected(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(CnnlabError, match="~/runs/x cannot be used: there is no home folder. Set"):
+        record.check_writable("~/runs/x")
+
+
 def test_a_replay_yields_the_events_of_the_run(saved, short_run):
     assert list(record.replay(saved)) == short_run
 

@@ -32,6 +32,9 @@ PEER_ERRORS = (
 # In a line that NCCL's watchdog prints in each rank whose collective takes too long.
 WATCHDOG_TIMEOUT = "Watchdog caught collective operation timeout"
 CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL")
+# A rank that is blocked uses less CPU time and waits fewer times between two checks.
+IDLE_CPU_S = 0.03
+IDLE_WAITS = 10
 # In a stack dump, the frame of the worker that called the user's function.
 WORKER_FRAME = os.path.join("launch", "worker.py") + '", line'
 # In a line of code: it waits until the GPU has computed a value.
@@ -126,22 +129,37 @@ def returned(ranks: set[int], where: str) -> Message:
     return Message(min(ranks), "returned", error=error, traceback=text)
 
 
-def cpu_seconds(pids: dict[int, int]) -> dict[int, float]:
-    """{rank: CPU time that its process has used}, of the processes that still exist."""
-    used = {}
+def activity(pids: dict[int, int]) -> dict[int, tuple[float, int]]:
+    """{rank: (CPU seconds, how often it has waited)}, of the processes that still exist."""
+    found = {}
     for rank, pid in pids.items():
         with suppress(psutil.Error):
-            times = psutil.Process(pid).cpu_times()
-            used[rank] = times.user + times.system
-    return used
+            process = psutil.Process(pid)
+            times = process.cpu_times()
+            found[rank] = (times.user + times.system, process.num_ctx_switches().voluntary)
+    return found
+
+
+def is_idle(before: tuple[float, int] | None, now: tuple[float, int] | None) -> bool:
+    """Whether a process did nothing between two `activity` reports.
+
+    On a busy machine, one that gets little CPU time still waits for many messages.
+    """
+    if before is None or now is None:
+        return False
+    return now[0] - before[0] < IDLE_CPU_S and now[1] - before[1] < IDLE_WAITS
 
 
 def find_blocked(pids: dict[int, int], finished: set[int], folder: Path) -> Message | None:
     """The failure of the `finished` ranks if all other ranks, `pids`, are blocked, or None."""
+    before = activity(pids)
     stacks = _dump_stacks(pids, folder)
-    if not stacks or not all(map(_is_waiting, stacks.values())):
+    if len(stacks) < len(pids) or not all(map(_is_waiting, stacks.values())):
         return None
-    if _dump_stacks(pids, folder) != stacks or len(stacks) < len(pids):
+    if _dump_stacks(pids, folder) != stacks:
+        return None
+    now = activity(pids)
+    if not all(is_idle(before.get(rank), now.get(rank)) for rank in pids):
         return None
     return returned(finished, "".join(_describe(rank, stacks[rank]) for rank in stacks))
 

@@ -25,7 +25,6 @@ from cnnlab.launch.worker import train_rank
 from cnnlab.recipe import CnnlabError, Recipe
 
 CHECK_S = 1.0  # between two checks whether a rank was stopped (SIGSTOP) or all are blocked
-IDLE_CPU_S = 0.03  # CPU time that a blocked rank may use between two checks
 
 Say = Callable[[str], Any]
 Stop = threading.Event | None
@@ -139,7 +138,7 @@ class RankProcesses:
         self.pids: dict[int, int] = {}
         self.unfinished = set(range(world))  # Ranks that are neither done nor failed.
         self.done: set[int] = set()
-        self.cpu_s: dict[int, float] = {}  # that each unfinished rank had used at the last check
+        self.activity: dict[int, tuple[float, int]] = {}  # of unfinished ranks at the last check
         self.close_lock = threading.Lock()
         self.cancelled = threading.Event()  # Ranks that start from now on are killed.
         self.closed = threading.Event()  # Ranks that are done wait for it: see worker.main.
@@ -172,7 +171,7 @@ class RankProcesses:
             if self.closed.is_set():
                 return
             killed: set[int] = set()
-            if self.unfinished:
+            if len(self.done) < self.world:
                 self.cancelled.set()
                 killed = processes.process_tree(list(self.pids.values()))
                 processes.kill_groups(list(self.pids.values()))
@@ -227,14 +226,12 @@ class RankProcesses:
     def _find_blocked(self) -> Message | None:
         """The failure of ranks that are done while all others wait for them, or None."""
         pids = self._unfinished_pids()
-        before, self.cpu_s = self.cpu_s, failures.cpu_seconds(pids)
-        idle = [rank for rank in self.unfinished if self._is_idle(rank, before)]
-        if self.done and len(idle) == len(self.unfinished):
+        before, now = self.activity, failures.activity(pids)
+        self.activity = now
+        idle = [failures.is_idle(before.get(rank), now.get(rank)) for rank in self.unfinished]
+        if self.done and all(idle):
             return failures.find_blocked(pids, self.done, self.folder)
         return None
-
-    def _is_idle(self, rank: int, before: dict[int, float]) -> bool:
-        return rank in before and self.cpu_s.get(rank, math.inf) - before[rank] < IDLE_CPU_S
 
     def _root_cause(self, first: Message) -> Message:
         """The failure that came before all others; `first` is the one that was received first."""

@@ -123,7 +123,7 @@ def train_rank(rank: int, world: int, recipe: Recipe, checkpoints: str | None) -
         raise
 
 
-def train_under_torchrun(recipe: Recipe, checkpoints: str | None = None) -> Iterator[Event]:
+def train_under_torchrun(recipe: Recipe, checkpoints: str | Path | None = None) -> Iterator[Event]:
     """Train the rank that torchrun started, and yield its events; rank 0 then yields those of all.
 
     torchrun must have started `recipe.ranks` ranks.
@@ -149,7 +149,8 @@ def train_under_torchrun(recipe: Recipe, checkpoints: str | None = None) -> Iter
     dist.barrier(download_group)
 
     events = []
-    for event in train_rank(rank, world, recipe, checkpoints):
+    folder = str(checkpoints) if checkpoints else None
+    for event in train_rank(rank, world, recipe, folder):
         events.append(event)
         yield event
     gathered: list[list[Event]] = [[]] * world  # On rank 0, the events of all ranks.

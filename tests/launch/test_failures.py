@@ -16,7 +16,7 @@ from helpers import interrupted_train, loop_for_ever, ranks_alive, wait_until
 
 from cnnlab.events import Failed, Started
 from cnnlab.launch import launcher, worker
-from cnnlab.launch.failures import Message, RankError, root_cause
+from cnnlab.launch.failures import Message, RankError, is_idle, root_cause
 from cnnlab.launch.launcher import ranks
 from cnnlab.parallel.async_sgd import SharedParameters
 from cnnlab.recipe import Recipe
@@ -324,6 +324,13 @@ def test_after_a_collective_timeout_the_rank_that_has_returned_is_named(monkeypa
     monkeypatch.setattr(worker, "COLLECTIVE_TIMEOUT_S", 0.5)
     failed = failure_of(skip_a_barrier, (), 2)
     assert (failed.rank, "rank 1 was here" in failed.traceback) == (0, True)
+
+
+def test_a_rank_that_waits_for_many_messages_is_not_idle_however_little_time_it_gets():
+    assert is_idle((1.0, 100), (1.01, 102))
+    assert not is_idle((1.0, 100), (1.01, 200))
+    assert not is_idle((1.0, 100), (1.5, 101))
+    assert not is_idle(None, (1.0, 100))
 
 
 def test_ranks_may_go_on_without_a_rank_that_has_returned():
