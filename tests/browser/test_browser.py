@@ -85,12 +85,6 @@ def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_points(lab, ope
     "name, endless, slider, keys",
     [
         (
-            "06_feeding_the_model",
-            ("steps=14 if quick", "steps=4000 if quick"),
-            "loader-workers",
-            ["ArrowRight", "ArrowRight"],
-        ),
-        (
             "09_mixed_precision",
             ("if not quick else 4", "if not quick else 4000"),
             "memory-format",
