@@ -1,5 +1,6 @@
 """A profile as a timeline: what ran in each thread and on each GPU stream, and the gaps."""
 
+from math import ceil
 from typing import TYPE_CHECKING
 
 from cnnlab.plots.style import COLORS, PHASES, REJECTED, Axes, legend_above_bars
@@ -19,7 +20,9 @@ CATEGORIES = {  # of spans: (color, label)
 }
 DARK = ("arithmetic", "optimizer", "communication")  # colors for white text
 FONT_SIZE = 7.5
+LETTER = 0.68 * FONT_SIZE  # its width in points
 HEIGHT = 0.8  # of a box; the distance of two rows is 1
+COLUMNS = 4  # of the legend
 
 
 def profile_timeline(
@@ -40,33 +43,37 @@ def profile_timeline(
                 if span.category == category
             ]
             if bars:
-                rows = (row - HEIGHT / 2, HEIGHT)
+                place = (row - HEIGHT / 2, HEIGHT)
                 ax.broken_barh(
-                    bars, rows, facecolor=color, edgecolor="white", linewidth=0.3, label=label
+                    bars, place, facecolor=color, edgecolor="white", linewidth=0.3, label=label
                 )
                 label = "_"  # one entry in the legend
     ax.set(xlim=(left, right), xlabel="milliseconds, latest steps")
-    ax.set_ylim(max(len(lanes), 2) - 0.5, -1.0)  # the first row leaves room for the legend
+    legend_pt = 13 * ceil(len(ax.get_legend_handles_labels()[0]) / COLUMNS)
+    rows = max(len(lanes), 2)
+    rest_pt = max(1.0, _size_pt(ax)[1] - legend_pt)
+    room = rows * legend_pt / rest_pt  # above the first row, for the legend
+    ax.set_ylim(rows - 0.5, -0.5 - room)
     ax.set_yticks(range(len(lanes)), list(lanes))
     ax.spines[["top", "right"]].set_visible(False)
     _write_names(ax, lanes, left, right)
     if ax.collections:
-        legend_above_bars(ax, 4)
+        legend_above_bars(ax, COLUMNS)
 
 
 def _write_names(ax, lanes, left, right):
     """Write the name of each operation into its box where it fits, across or upward."""
-    size, frame = ax.figure.get_size_inches(), ax.get_position()
-    letter = 0.62 * FONT_SIZE  # points
-    across = 72 * size[0] * frame.width / (right - left) / letter  # letters per millisecond
-    upward = int(HEIGHT * 72 * size[1] * frame.height / (max(len(lanes), 2) + 0.5) / letter)
+    width, height = _size_pt(ax)
+    across = width / (right - left) / LETTER  # letters per millisecond
+    bottom, top = ax.get_ylim()
+    upward = int(HEIGHT * height / (bottom - top) / LETTER)
     for row, spans in enumerate(lanes.values()):
         for span in spans:
             start, end = max(left, 1000 * span.start), min(right, 1000 * span.end)
             letters = int((end - start) * across)
-            if letters < 3:
-                continue
             rotation = 0 if letters > min(len(span.name), upward) else 90
+            if letters < 3 or min(len(span.name), upward if rotation else letters) < 4:
+                continue
             ax.text(
                 (start + end) / 2,
                 row,
@@ -77,6 +84,12 @@ def _write_names(ax, lanes, left, right):
                 va="center",
                 color="white" if span.category in DARK else "black",
             )
+
+
+def _size_pt(ax):
+    """Width and height of the axes in points."""
+    frame = ax.get_position()
+    return 72 * frame.size * ax.figure.get_size_inches()
 
 
 def _shorten(name, letters):

@@ -50,7 +50,7 @@ class Clock:
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.Event(self.device, enable_timing=True)
-        event.record()
+        event.record(torch.accelerator.current_stream(self.device))  # of this thread
         return event
 
     def resume(self) -> None:

@@ -27,6 +27,7 @@ from cnnlab.widgets.picture import Draw, Picture
 # Seconds between two status lines, and between two frames: drawing takes time from the training.
 REPORT_EVERY = 0.3
 REDRAW_EVERY = 1.5
+STAY_ACTIVE_EVERY = 30
 
 NO_LIMIT = "no limit"  # how a slider shows None, which ipywidgets takes for "nothing selected"
 
@@ -63,8 +64,9 @@ def _explanation_html(label, explanation):
     def draw(axes):
         profile_timeline(axes[0], explanation.profile)
 
-    picture = Picture(1, (9.5, 2.8))
-    picture.figure.subplots_adjust(left=0.13, bottom=0.18, top=0.98)  # for the names of lanes
+    height = 1.2 + 0.45 * len(explanation.profile.lanes)
+    picture = Picture(1, (9.5, height))
+    picture.figure.subplots_adjust(left=0.13, bottom=0.5 / height, top=0.98)
     png = base64.b64encode(picture.png(draw, scale=2)).decode()
     note = f"Trace file: {explanation.profile.trace_file}. Open it at https://ui.perfetto.dev"
     return (
@@ -246,6 +248,7 @@ class Panel(widgets.VBox):
     def _keep_drawing(self, over):
         while not over.is_set():
             if not self.changed.wait(REPORT_EVERY):
+                self._stay_active()
                 continue
             self.changed.clear()
             try:
@@ -253,6 +256,12 @@ class Panel(widgets.VBox):
             except Exception:  # the last picture raises it again, and _finish reports it
                 return
             over.wait(REDRAW_EVERY)
+
+    def _stay_active(self):
+        """Repeat the status of silent work: Jupyter servers end kernels that send nothing."""
+        if time.monotonic() - self.last_report > STAY_ACTIVE_EVERY:
+            self.last_report = time.monotonic()
+            self.status.send_state("value")
 
     def _publish(self, update):
         """Show the panel, and its picture as an image on pages that cannot run widgets."""

@@ -1,6 +1,7 @@
 """The clock counts training time only, and tells waiting, computation and communication apart."""
 
 import time
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ class FakeEvent:
         self.gpu = gpu
         self.at = None
 
-    def record(self):
+    def record(self, stream):
+        assert stream == "the current stream of cuda:0"
         self.at = max(self.gpu.time, self.gpu.free_at)
 
     def elapsed_time(self, other):
@@ -51,6 +53,7 @@ def gpu(monkeypatch):
     gpu = FakeGpu()
     monkeypatch.setattr("torch.Event", gpu.event)
     monkeypatch.setattr("torch.accelerator.synchronize", gpu.synchronize)
+    monkeypatch.setattr("torch.accelerator.current_stream", "the current stream of {}".format)
     monkeypatch.setattr("time.perf_counter", lambda: gpu.time)
     return gpu
 
@@ -231,7 +234,8 @@ def test_a_pause_waits_for_the_gpu_of_the_run(device, monkeypatch):
     waited_for = []
     monkeypatch.setattr("torch.accelerator.synchronize", waited_for.append)
     monkeypatch.setattr("torch.accelerator.max_memory_allocated", lambda device: 3 * 2**20)
-    monkeypatch.setattr("torch.Event", FakeGpu().event)
+    monkeypatch.setattr("torch.Event", MagicMock())
+    monkeypatch.setattr("torch.accelerator.current_stream", lambda device: None)
     gpu = torch.device(device, 0)
     clock = Clock(gpu)
     clock.resume()
