@@ -1,5 +1,6 @@
 """Pure `draw(ax, data)` functions on empty axes, the same for live, recorded and tested runs."""
 
+from cnnlab.plots.batch_size import batch_size_curve
 from cnnlab.plots.memory import memory_bars, traffic_bars
 from cnnlab.plots.pipeline import schedule_diagram
 from cnnlab.plots.prediction import prediction_curve
