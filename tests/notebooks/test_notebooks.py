@@ -89,7 +89,7 @@ def test_each_stub_is_checked_in_its_cell_and_its_task_is_announced(path):
         tasks += [task_id for _, task_id in checked]
     announced = re.findall(r"\*\*Task (\d+\.\d+)", text(path, "markdown"))
     assert announced == tasks
-    assert len(tasks) >= MIN_TASKS
+    assert len(tasks) >= (MIN_TASKS if path != LESSONS[0] else 1)
 
 
 @pytest.mark.parametrize("path", TASK_LESSONS, ids=notebook_id)
