@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cnnlab import machine
 from cnnlab.events import Finished
 from cnnlab.recipe import MODEL_PARALLEL_FIELDS, CnnlabError, Recipe
 from cnnlab.values import full_or_quick
@@ -175,7 +176,10 @@ def slowest_rank(events: Iterable[Any], ranks: int = 1) -> Finished | None:
 
 
 def speedup_table(measurements: Mapping[str, Measurement]) -> str:
-    """A line of text per measurement, with its speedup over the first."""
+    """A line of text per measurement, with its speedup over the first.
+
+    A last line names the CPU threads if they differ together with something else.
+    """
     first = next(iter(measurements.values()))
     lines = [f"{'':24} {'images/s (IQR)':>24}  speedup"]
     for name, measurement in measurements.items():
@@ -183,4 +187,20 @@ def speedup_table(measurements: Mapping[str, Measurement]) -> str:
         spread = f"{median:,.0f} ({q1:,.0f} to {q3:,.0f})"
         gain = "the baseline" if measurement is first else str(speedup(first, measurement))
         lines.append(f"{name:24} {spread:>24}  {gain}")
+    if any(_other_threads(first.recipe, other.recipe) for other in measurements.values()):
+        threads = [f"{name} {cpu_threads(m.recipe)}" for name, m in measurements.items()]
+        lines.append(f"CPU threads of all ranks together: {', '.join(threads)}")
     return "\n".join(lines)
+
+
+def cpu_threads(recipe: Recipe) -> int:
+    """CPU threads of all ranks together."""
+    return recipe.ranks * (recipe.threads or max(1, machine.cores() // recipe.ranks))
+
+
+def _other_threads(recipe: Recipe, other: Recipe) -> bool:
+    """Whether `other` has other threads in addition to the technique that it tries."""
+    on_cpu = recipe.device == other.device == "cpu"
+    if not on_cpu or cpu_threads(recipe) == cpu_threads(other):
+        return False
+    return other.replace(threads=recipe.threads) != recipe

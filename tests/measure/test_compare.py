@@ -1,6 +1,7 @@
 """Speedups of synthetic figures with a known truth, and how recipes are measured."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -238,6 +239,30 @@ def test_the_table_names_its_baseline_and_the_speedups():
     _, old, new = text.splitlines()
     assert "100 (75 to 150)" in old and "the baseline" in old
     assert "150 (112 to 225)" in new and "1.50x faster than old" in new
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"threads": 2}, False),  # the technique that is compared
+        ({"precision": "bf16"}, False),
+        ({"precision": "bf16", "threads": 2}, True),
+        ({"replicas": 4}, True),
+    ],
+    ids=str,
+)
+def test_the_table_names_threads_that_differ_together_with_something_else(
+    monkeypatch, change, named
+):
+    monkeypatch.setattr("cnnlab.machine.cores", lambda: 4)
+    one = replace(measurement("one"), recipe=Recipe(threads=1))
+    other = replace(measurement("other"), recipe=Recipe(threads=1).replace(**change))
+    last = speedup_table({"one": one, "other": other}).splitlines()[-1]
+    total = 4 if "replicas" in change else 2
+    assert (last == f"CPU threads of all ranks together: one 1, other {total}") == named
+    shared = replace(other, recipe=Recipe(threads=None, replicas=4))
+    all_cores = replace(one, recipe=Recipe(threads=None))
+    assert "threads" not in speedup_table({"one": all_cores, "other": shared})
 
 
 @pytest.mark.parametrize(
