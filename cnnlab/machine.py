@@ -119,9 +119,9 @@ def missing_for(recipe: Recipe) -> list[str]:
             "Use precision='fp16'."
         )
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", recipe.ranks))  # here, under torchrun
-    # gloo, which lets several ranks share a GPU, knows CUDA only.
-    one_each = recipe.strategy in SHARDED or device == "xpu"
-    if one_each and 0 < len(gpus) < ranks:
+    one_each = recipe.strategy in SHARDED or device == "xpu"  # gloo shares GPUs of CUDA only
+    fewest = 2 if "LOCAL_WORLD_SIZE" in os.environ else 1  # Slurm may show each rank its own GPU
+    if one_each and fewest <= len(gpus) < ranks:
         sentences.append(
             f"strategy={recipe.strategy!r} with device={device!r} needs a GPU for each of its "
             f"{ranks} ranks, and there are {len(gpus)}. Use fewer ranks, device='cpu' or "

@@ -98,6 +98,9 @@ def test_model_parallel_ranks_need_a_gpu_each(monkeypatch, fake_gpus):
     assert not machine.missing_for(Recipe(device="cuda", replicas=4))  # DDP's ranks share GPUs
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun on two machines
     assert not machine.missing_for(recipe)
+    machine.describe.cache_clear()
+    fake_gpus("cuda", H100)  # of this rank alone, as with Slurm's --gpus-per-task=1
+    assert not machine.missing_for(recipe)
 
 
 def test_a_missing_compiler_is_named_with_a_fix(monkeypatch, fresh_description, tmp_path):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from cnnlab import machine
-from cnnlab.recipe import CnnlabError, Recipe
+from cnnlab.recipe import SHARDED, CnnlabError, Recipe
 
 Backend = Literal[None, "gloo", "nccl"]
 
@@ -98,8 +98,14 @@ def join_under_torchrun(recipe: Recipe, timeout: timedelta) -> None:
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     store.set(f"gpu of rank {rank}", _gpu_id(recipe.device, local_rank))
     gpus = {store.get(f"gpu of rank {other}") for other in range(world)}
+    own_gpus = len(gpus) == world
+    if recipe.strategy in SHARDED and not own_gpus:
+        raise CnnlabError(
+            f"strategy={recipe.strategy!r} needs a GPU for each of its {world} ranks, and they "
+            f"have {len(gpus)}. Use fewer ranks or strategy='ddp'."
+        )
     join_process_group(
-        _backend(recipe.device, len(gpus) == world),
+        _backend(recipe.device, own_gpus),
         local_rank,
         store=dist.PrefixStore("default_pg", store),
         rank=rank,

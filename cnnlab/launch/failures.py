@@ -31,6 +31,7 @@ PEER_ERRORS = (
 )
 # In a line that NCCL's watchdog prints in each rank whose collective takes too long.
 WATCHDOG_TIMEOUT = "Watchdog caught collective operation timeout"
+UNKNOWN_EXIT = 255  # what multiprocessing says when the fork server has gone
 CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL")
 # A rank that is blocked uses less CPU time and waits fewer times between two checks.
 IDLE_CPU_S = 0.03
@@ -100,9 +101,11 @@ def watchdog_timeout(rank: int, line: str) -> Message | None:
 def killed(rank: int, exit_code: int | None) -> Message:
     """The failure of a rank whose connection ended without a last message."""
     error = "the process was killed"
-    if exit_code is not None and exit_code >= 0:
+    if exit_code is None or exit_code == UNKNOWN_EXIT:
+        pass
+    elif exit_code >= 0:
         error = f"the process ended with exit code {exit_code}"
-    elif exit_code is not None and signal.Signals(-exit_code).name in CRASHES:
+    elif signal.Signals(-exit_code).name in CRASHES:
         error = f"the process crashed in native code ({signal.Signals(-exit_code).name})"
     text = (
         f"rank {rank} ended without an error: killed, out of memory, or crashed in native code. "

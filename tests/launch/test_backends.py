@@ -120,6 +120,11 @@ def test_under_torchrun_one_visible_gpu_per_rank_is_enough_for_nccl(
         backends.join_under_torchrun(Recipe(device="cuda", replicas=2), timedelta(seconds=5))
     assert joined[0][0] == backend
     assert joined[0][1]["world_size"] == 2
+    if backend == "gloo":
+        monkeypatch.setattr(backends, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+        recipe = Recipe(device="cuda", replicas=2, strategy="zero1")
+        with pytest.raises(CnnlabError, match="a GPU for each of its 2 ranks, and they have 1"):
+            backends.join_under_torchrun(recipe, timedelta(seconds=5))
 
 
 def test_a_rank_that_asks_for_nccl_is_told_why_it_gets_gloo():
