@@ -153,8 +153,7 @@ def summarize_profile(
         for span in lane
         if name != "labels" and not (on_gpu and name.startswith("CPU"))
     ]
-    begin = starts[0]
-    step_s = max(1e-9, max((span.end for span in busy), default=0.0) - begin) / steps
+    step_s = max(1e-9, max((span.end for span in busy), default=0.0) - starts[0]) / steps
     first = starts[-SHOWN_STEPS:][0]
     parts = dict.fromkeys(("arithmetic", "memory", "copies"), 0.0)
     for part, seconds in leaves:
