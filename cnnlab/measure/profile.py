@@ -30,7 +30,7 @@ class Operation(NamedTuple):
     name: str
     category: str
     calls: float
-    seconds: float
+    seconds: float  # in which at least one call lasts
     share: float  # of the step
 
 
@@ -164,7 +164,7 @@ def summarize_profile(
         step_s=step_s,
         idle_s=max(0.0, step_s - union_s(busy) / steps),
         operations=_sum_operations(busy, steps, step_s),
-        lanes={name: _shift(lane, first) for name, lane in lanes.items()},
+        lanes=_last_lanes(lanes, first),
         parts=parts,
         num_operations=len(leaves) // steps,
         trace_file=trace_file,
@@ -193,20 +193,27 @@ def _sum_operations(spans, steps, step_s):
     """An `Operation` for each name and category, the most expensive first."""
     groups = defaultdict(list)
     for span in spans:
-        groups[span.name, span.category].append(span.end - span.start)
-    rows = [
-        Operation(
-            name, category, len(times) / steps, sum(times) / steps, sum(times) / steps / step_s
-        )
-        for (name, category), times in groups.items()
-    ]
+        groups[span.name, span.category].append(span)
+    rows = []
+    for (name, category), calls in groups.items():
+        seconds = union_s(calls) / steps
+        rows.append(Operation(name, category, len(calls) / steps, seconds, seconds / step_s))
     return sorted(rows, key=lambda row: -row.seconds)
 
 
-def _shift(spans, first):
-    """The spans from `first` on, with times relative to it."""
-    return [
-        span._replace(start=span.start - first, end=span.end - first)
-        for span in spans
-        if span.start >= first
-    ]
+def _last_lanes(lanes, first):
+    """The spans from `first` on, with times relative to it, without threads that hardly work."""
+    last: dict[str, list[Span]] = {}
+    for name, spans in lanes.items():
+        last[name] = [
+            span._replace(start=span.start - first, end=span.end - first)
+            for span in spans
+            if span.start >= first
+        ]
+    end = max((spans[-1].end for spans in last.values() if spans), default=0.0)
+    helpers = [name for name in last if name.startswith("CPU") and name[-1].isdigit()]
+    return {
+        name: spans
+        for name, spans in last.items()
+        if name not in helpers or union_s(spans) > 0.01 * end
+    }

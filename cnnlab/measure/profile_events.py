@@ -100,7 +100,9 @@ def make_lanes(events: Sequence[Any]) -> tuple[dict[str, list[Span]], list[tuple
     leaves = []
     for event in events:
         if event.device_type == DeviceType.CPU and _is_label(event):
-            lanes["labels"].append(_span(event, "label"))
+            label = _span(event, "label")
+            if not lanes["labels"] or label.start >= lanes["labels"][-1].end:  # not in another
+                lanes["labels"].append(label)
         if event.device_type != DeviceType.CPU or event.cpu_parent is not None:
             continue
         for span, members in _cpu_spans(event):
@@ -124,7 +126,7 @@ def make_lanes(events: Sequence[Any]) -> tuple[dict[str, list[Span]], list[tuple
         part = span.category if span.category == "copies" else _part(event.name)
         leaves.append((part, span.end - span.start))
     ordered = [lane for start in LANES for lane in lanes if lane.startswith(start)]
-    return {lane: lanes[lane] for lane in ordered}, leaves
+    return {lane: lanes[lane] for lane in ordered if lanes[lane]}, leaves
 
 
 def _launched_by(event):

@@ -68,11 +68,15 @@ def _write_names(ax, lanes, left, right):
     bottom, top = ax.get_ylim()
     upward = int(HEIGHT * height / (bottom - top) / LETTER)
     for row, spans in enumerate(lanes.values()):
+        until = 0.0
         for span in spans:
+            overlaps = span.start < until
+            until = max(until, span.end)
             start, end = max(left, 1000 * span.start), min(right, 1000 * span.end)
             letters = int((end - start) * across)
             rotation = 0 if letters > min(len(span.name), upward) else 90
-            if letters < 3 or min(len(span.name), upward if rotation else letters) < 4:
+            room = upward if rotation else letters
+            if overlaps or letters < 3 or min(len(span.name), room) < 4:
                 continue
             ax.text(
                 (start + end) / 2,

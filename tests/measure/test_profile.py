@@ -122,6 +122,25 @@ def test_a_hidden_synchronization_is_waiting_for_the_gpu(on_gpu):
     assert kinds["item"] == "synchronize" and kinds["conv2d"] == "arithmetic"
 
 
+def test_of_labels_within_labels_the_outer_ones_are_shown():
+    profiler = FakeProfiler()
+    outer = profiler.add("forward", 0, 5000, annotation=True)
+    profiler.add("first layer", 1000, 2000, outer, annotation=True)
+    profiler.add("backward", 5000, 9000, annotation=True)
+    assert [span.name for span in summarize_profile(profiler).lanes["labels"]] == [
+        "forward",
+        "backward",
+    ]
+
+
+def test_a_thread_that_hardly_works_has_no_lane():
+    profiler = FakeProfiler()
+    profiler.add("aten::mm", 0, 9000)
+    profiler.add("aten::copy_", 100, 110, thread=2)
+    profiler.add("aten::mm", 200, 5000, thread=3)
+    assert list(summarize_profile(profiler).lanes) == ["CPU thread", "CPU thread 3"]
+
+
 def test_the_waiting_of_a_collective_is_no_operation():
     profiler = FakeProfiler()
     backward = profiler.add("autograd::engine::evaluate_function: AccumulateGrad", 0, 9000)
