@@ -32,6 +32,8 @@ def batch_size_curve(
         ax.plot(*predicted, "x", label="your prediction", **look)
     ax.set(xscale="log", yscale="log", xlabel="images per batch", ylabel="images/s")
     ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    lowest, highest = np.log10(ax.get_ylim())
+    ax.set_ylim(10 ** np.floor(lowest), 10 ** np.ceil(highest))  # whole decades: at least two ticks
     ax.minorticks_off()
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.legend(fontsize=8, frameon=False)
