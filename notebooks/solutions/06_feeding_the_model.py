@@ -383,7 +383,7 @@ TASKS["06.4"] = Task(
     mistakes={
         no_thread: "Nothing is loaded while the training computes. Load in a thread.",
         whole_epoch_first: "All batches are loaded long before the training needs them, which "
-        "takes the memory of a whole epoch. Only `ahead` of them may wait: the queue needs a limit.",
+        "takes the memory of a whole epoch. Only `ahead` of them may wait: limit the queue.",
         error_is_lost: "The loader raised an error in the thread, and the training waits "
         "indefinitely for the next batch. Send the error through the queue.",
         error_ends_the_epoch: "The loader's error ended the epoch without a word. Raise it in the "
@@ -702,12 +702,10 @@ def recommend(measured):
 
 
 def random_measurements():
-    for medians in ((100, 160, 240, 241, 200), (200, 120, 90), (100, 150, 152, 151)):
-        noise = 1 + 0.01 * torch.randn(len(medians), 5)
+    for medians in ((100, 160, 240, 243, 200), (200, 120, 90), (100, 150, 152, 151)):
         measured = {}
-        for number, median in enumerate(medians):
-            workers = (4, 8, 2, 1, 0)[-1 - number] if number < 3 else (4, 8)[number - 3]
-            rates = tuple((median * noise[number]).tolist())
+        for workers, median in zip((0, 1, 2, 4, 8), medians, strict=False):
+            rates = tuple((median * (1 + 0.01 * torch.randn(5))).tolist())
             measured[workers] = Measurement(name=str(workers), recipe=Recipe(), images_per_s=rates)
         yield (measured,)
 
@@ -718,10 +716,6 @@ def the_fastest(measured):
 
 def better_than_none(measured):
     return next((n for n in sorted(measured) if measured[n].quartiles[1] > 105), 0)
-
-
-def highest_single_run(measured):
-    return max(measured, key=lambda n: max(measured[n].images_per_s))
 
 
 def the_most_workers(measured):
