@@ -40,7 +40,7 @@ EXPECTED = {  # patterns that a lesson must print
     "04": ["numba is missing", "no C compiler"],
     "05": ["mpi4py"],
     "06": ["GPU"],
-    "07": ["GPU"],
+    "07": ["torch finds none", "CUDA graph"],
     "09": ["GPU"],
     "10": [r"C\+\+ compiler|g\+\+", "GPU"],
     "11": ["JAX is not installed", r"g\+\+"],
