@@ -85,12 +85,6 @@ def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_points(lab, ope
     "name, endless, slider, keys",
     [
         (
-            "09_mixed_precision",
-            ("if not quick else 4", "if not quick else 4000"),
-            "memory-format",
-            ["ArrowRight"],
-        ),
-        (
             "10_operator_fusion",
             ("steps=steps, threads=1", "steps=4000, threads=1"),
             "compiler",
