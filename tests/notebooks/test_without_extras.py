@@ -41,6 +41,7 @@ EXPECTED = {  # patterns that a lesson must print
     "05": ["mpi4py"],
     "06": ["GPU"],
     "07": ["torch finds none", "CUDA graph"],
+    "08": ["numba is missing", "OpenCL is missing", "Triton is missing"],
     "09": ["GPU"],
     "10": [r"C\+\+ compiler|g\+\+", "GPU"],
     "11": ["JAX is not installed", r"g\+\+"],
