@@ -47,7 +47,9 @@ def distributions_imported_by(paths):
                 packages.update(alias.name.partition(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 packages.add(node.module.partition(".")[0])
+    programs = {path.stem for path in (REPOSITORY / "notebooks" / "programs").glob("*.py")}
     packages -= {*sys.stdlib_module_names, "cnnlab", "helpers", "many_machines", "recorded"}
+    packages -= programs
     found = packages_distributions()
     return {canonicalize_name(found[package][0]) for package in packages}
 

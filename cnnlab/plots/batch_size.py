@@ -28,8 +28,8 @@ def batch_size_curve(
         rates = list(points.values())
         ax.plot(list(points), rates, "D--", color=color_of(number), markersize=5, label=label)
     if predicted is not None:
-        look = {"color": PREDICTED, "markersize": 10, "markeredgewidth": 2}
-        ax.plot(*predicted, "x", label="your prediction", **look)
+        size, rate = predicted
+        ax.plot(size, rate, "x", color=PREDICTED, markersize=10, mew=2, label="your prediction")
     ax.set(xscale="log", yscale="log", xlabel="images per batch", ylabel="images/s")
     ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
     lowest, highest = np.log10(ax.get_ylim())
