@@ -15,7 +15,7 @@ TASKS = {}
 
 
 class Device:
-    """A computed device, which works asynchronously: the host's clock stands still meanwhile."""
+    """A simulated GPU, which works asynchronously: only launching and waiting take host time."""
 
     def __init__(self):
         self.now = 0.0
@@ -61,10 +61,10 @@ def random_rates(count, mean=100.0, spread=0.1):
 
 
 def time_calls(call, synchronize, clock, warmup, repeats):
-    """Seconds of each of `repeats` calls, after `warmup` calls that are not timed.
+    """Make `warmup` calls of `call`, then time `repeats` more calls. Return a list of seconds.
 
-    `synchronize()` waits until the device has finished. `clock()` returns the time in seconds. The
-    clock starts when the device is idle, and stops when it has finished.
+    `synchronize()` waits until the device has finished. `clock()` returns the time in seconds. Read
+    the clock before each timed call, when the device is idle, and again when it has finished.
     """
     for _ in range(warmup):
         call()
@@ -133,8 +133,8 @@ TASKS["03.1"] = Task(
         no_warmup: "The first time contains what only a first call does. Make `warmup` calls "
         "before the timed ones.",
         times_of_the_warmup_too: "The list contains the times of the warm-up. Do not time it.",
-        mean_of_all_calls: "This is one number. Return the list: without it nobody can see the "
-        "spread.",
+        mean_of_all_calls: "This is one number. Return the list: one number does not show "
+        "the spread.",
     },
     atol=1e-9,
 )
@@ -144,11 +144,11 @@ TASKS["03.1"] = Task(
 
 
 def measure_in_turn(programs, repeats):
-    """Call the programs in the order A B B A A B B A ...: {name: its results, in order}.
+    """Call the programs in the order A B B A A B B A ... Return {name: list of its results}.
 
     `programs`: {name: a function without arguments that measures once and returns the result}.
-    Each of the `repeats` rounds calls all programs. Every second round, from the second one on,
-    goes through them in reverse order.
+    Each of the `repeats` rounds calls each program once. The rounds 2, 4, 6, ... call them in
+    reverse order.
     """
     results = {name: [] for name in programs}
     for number in range(repeats):
@@ -228,7 +228,7 @@ def speedup_interval(a, b):
     """The speedup of B over A, and its 95% confidence interval: (speedup, low, high).
 
     `a` and `b` are images/s, n of each; a[i] and b[i] are a pair. Take the logarithm of b[i] / a[i]
-    of each pair. Their mean is m, their standard deviation s (divide by n - 1). The interval is
+    of each pair. Their mean is m, their standard deviation s: `.std(ddof=1)`. The interval is
     m - t s / sqrt(n) to m + t s / sqrt(n). t is the 97.5% quantile of Student's t distribution
     with n - 1 degrees of freedom: `stats.t.ppf(0.975, n - 1)`. Return exp of the three numbers.
     """
@@ -288,7 +288,7 @@ TASKS["03.3"] = Task(
     hints=[
         "log(b / a) = log(b) - log(a), and NumPy subtracts two arrays number by number. What is "
         "left is one number for each pair.",
-        "`.mean()` and `.std(ddof=1)` of these numbers give m and s. Half of the width of the "
+        "`.mean()` and `.std(ddof=1)` of these numbers are m and s. Half of the width of the "
         "interval is t * s / sqrt(n).",
         "Return np.exp of m, of m minus this half, and of m plus it.",
     ],
@@ -309,43 +309,42 @@ TASKS["03.3"] = Task(
 # 03.4: the FLOPs and the bytes of a convolution
 
 
-def conv_cost(images, inputs, outputs, size, kernel):
+def conv_cost(images, inputs, outputs, side, kernel):
     """The cost of a convolution without bias: (FLOPs, bytes).
 
-    `images` images of `inputs` channels and size x size pixels become as many with `outputs`
-    channels of the same size; the kernel is square. Each weight of a filter costs two FLOPs per
-    output number: a multiplication and an addition. The input, the weights and the output are
-    moved once, at 4 bytes a number.
+    Input (images, inputs, side, side), weight (outputs, inputs, kernel, kernel), output (images,
+    outputs, side, side). An output value takes a multiplication and an addition for each weight of
+    its kernel. The input, the weight and the output are moved once each, at 4 bytes per number.
     """
-    pixels = images * size * size
+    pixels = images * side * side
     weights = outputs * inputs * kernel * kernel
     flops = 2 * pixels * weights
     return flops, 4 * (pixels * inputs + weights + pixels * outputs)
 
 
-def one_flop_per_weight(images, inputs, outputs, size, kernel):
-    flops, moved = conv_cost(images, inputs, outputs, size, kernel)
+def one_flop_per_weight(images, inputs, outputs, side, kernel):
+    flops, moved = conv_cost(images, inputs, outputs, side, kernel)
     return flops // 2, moved
 
 
-def one_input_channel(images, inputs, outputs, size, kernel):
-    flops, moved = conv_cost(images, inputs, outputs, size, kernel)
+def one_input_channel(images, inputs, outputs, side, kernel):
+    flops, moved = conv_cost(images, inputs, outputs, side, kernel)
     return flops // inputs, moved
 
 
-def numbers_instead_of_bytes(images, inputs, outputs, size, kernel):
-    flops, moved = conv_cost(images, inputs, outputs, size, kernel)
+def numbers_instead_of_bytes(images, inputs, outputs, side, kernel):
+    flops, moved = conv_cost(images, inputs, outputs, side, kernel)
     return flops, moved // 4
 
 
-def weights_for_each_image(images, inputs, outputs, size, kernel):
-    flops, moved = conv_cost(1, inputs, outputs, size, kernel)
+def weights_for_each_image(images, inputs, outputs, side, kernel):
+    flops, moved = conv_cost(1, inputs, outputs, side, kernel)
     return images * flops, images * moved
 
 
-def no_output_bytes(images, inputs, outputs, size, kernel):
-    flops, moved = conv_cost(images, inputs, outputs, size, kernel)
-    return flops, moved - 4 * images * outputs * size * size
+def no_output_bytes(images, inputs, outputs, side, kernel):
+    flops, moved = conv_cost(images, inputs, outputs, side, kernel)
+    return flops, moved - 4 * images * outputs * side * side
 
 
 TASKS["03.4"] = Task(
@@ -356,14 +355,14 @@ TASKS["03.4"] = Task(
     ],
     hints=[
         "Count the numbers first: those of the input, of the weights, and of the output.",
-        "One output number needs all weights of one filter: inputs x kernel x kernel of them, at "
+        "One output value needs all weights of one kernel: inputs x kernel x kernel of them, with "
         "two FLOPs each.",
-        "FLOPs: the output numbers times twice the weights of a filter. Bytes: 4 times the sum of "
-        "the three counts.",
+        "FLOPs: the number of output values, times twice the weights of a kernel. Bytes: 4 times "
+        "the sum of the three counts.",
     ],
     mistakes={
         one_flop_per_weight: "A weight costs a multiplication and an addition: two FLOPs.",
-        one_input_channel: "A filter has weights for each of the input channels.",
+        one_input_channel: "A kernel has weights for each of the input channels.",
         numbers_instead_of_bytes: "You counted numbers. Each of them has 4 bytes.",
         weights_for_each_image: "All images use the same weights, which are moved once.",
         no_output_bytes: "The output must be written to memory, too.",
@@ -378,7 +377,7 @@ def roofline_limit(flops, moved, peak, bandwidth):
     """The largest FLOP/s that the roofline allows, and what sets the limit: "compute" or "memory".
 
     An operation computes `flops` FLOPs and moves `moved` bytes. The machine computes at most `peak`
-    FLOP/s and moves at most `bandwidth` bytes/s, both at the same time.
+    FLOP/s and moves at most `bandwidth` bytes/s, both at the same time. Return (limit, name).
     """
     memory_roof = flops / moved * bandwidth
     return (peak, "compute") if peak <= memory_roof else (memory_roof, "memory")
@@ -431,11 +430,11 @@ TASKS["03.5"] = Task(
 
 
 def self_seconds(spans):
-    """The seconds that each operation takes itself, without the operations inside it: {name: s}.
+    """The self time of each operation, without the calls inside it: {name: seconds}.
 
-    `spans` is the trace of one thread: (name, start, end) of each call, in seconds, sorted by
-    start, and an outer call before those inside it. Two calls are nested or do not overlap. Calls
-    with the same name add up.
+    `spans` is the trace of one thread: a list of (name, start, end) of each call, in seconds. It is
+    sorted by start, and an outer call comes before the calls inside it. Two calls are nested or do
+    not overlap. Add up the calls with the same name.
     """
     seconds = {}
     open_calls = []  # the calls that contain this one, the outermost first
@@ -495,8 +494,8 @@ TASKS["03.6"] = Task(
         "it from the call that contains it directly.",
         "Keep a list of the calls that are open, the innermost last. Before you look at a call, "
         "remove the open ones that ended at or before its start.",
-        "What is then the last of the open calls is the direct parent. Keep (name, end) of each "
-        "open call, which is all that you need.",
+        "The last of the remaining open calls is the direct parent, from which you subtract. For "
+        "each open call, you only need its name and its end.",
     ],
     mistakes={
         total_seconds: "This counts the time of an inner call twice: for itself, and for the call "
@@ -535,7 +534,7 @@ TASKS["03.7"] = Task(
     reference=throughput,
     inputs=lambda: [([64, 64, 64, 21], random_seconds(4)), ([32, 32, 10], random_seconds(3))],
     hints=[
-        "What counts is how many images the whole run trained, and how long the whole run took.",
+        "How many images did the whole run train, and how many seconds did it take?",
     ],
     mistakes={
         mean_of_rates: "The mean of the rates counts a fast step as much as a slow one, although "
@@ -550,10 +549,10 @@ TASKS["03.7"] = Task(
 
 
 def benchmark(programs, repeats, synchronize, clock):
-    """Time the programs in the order A B B A A B ...: {name: seconds of each timed call}.
+    """Time the programs in the order A B B A A B ... Return {name: list of seconds}.
 
-    `programs`: {name: a function that launches work}. There are `repeats` times for each, of what
-    a program takes when it has been called before.
+    `programs`: {name: a function that launches work}. Call each program once as a warm-up, then
+    time `repeats` calls of each, until the device has finished.
     """
     seconds = {name: [] for name in programs}
     for call in programs.values():
@@ -570,7 +569,7 @@ def benchmark(programs, repeats, synchronize, clock):
 
 
 def run_benchmark(function, seconds_a, seconds_b, repeats):
-    """The times, and the order of the timed calls."""
+    """The times, the order of the timed calls, and whether there are calls before them."""
     device = Device()
     programs = {
         "A": Program(device, "A", [seconds_a]),
@@ -579,30 +578,30 @@ def run_benchmark(function, seconds_a, seconds_b, repeats):
     seconds = function(programs, repeats, device.synchronize, device.clock)
     if seconds is None or seconds is ...:
         return seconds
-    return {"seconds": seconds, "order": "".join(device.launched[-2 * repeats :])}
+    order = "".join(device.launched[-2 * repeats :])
+    warm_up = "done" if len(device.launched) > 2 * repeats else "missing"
+    return {"seconds": seconds, "order": order, "warm-up": warm_up}
 
 
-def still_no_warmup(programs, repeats, synchronize, clock):
-    seconds = {name: [] for name in programs}
-    for number in range(repeats):
-        names = list(programs)
-        for name in names if number % 2 == 0 else reversed(names):
-            seconds[name] += time_calls(programs[name], synchronize, clock, 0, 1)
-    return seconds
+def broken_benchmark(*bugs):
+    """`benchmark` with some of its three mistakes."""
 
+    def mistake(programs, repeats, synchronize, clock):
+        seconds = {name: [] for name in programs}
+        if "warm-up" not in bugs:
+            for call in programs.values():
+                call()
+        wait = int if "clock" in bugs else synchronize  # int() does nothing
+        for number in range(repeats):
+            names = list(programs)
+            if number % 2 == 1 and "order" not in bugs:
+                names.reverse()
+            for name in names:
+                seconds[name] += time_calls(programs[name], wait, clock, 0, 1)
+        return seconds
 
-def still_a_first(programs, repeats, synchronize, clock):
-    seconds = {name: [] for name in programs}
-    for call in programs.values():
-        call()
-    for _ in range(repeats):
-        for name, call in programs.items():
-            seconds[name] += time_calls(call, synchronize, clock, 0, 1)
-    return seconds
-
-
-def still_the_wrong_clock(programs, repeats, synchronize, clock):
-    return benchmark(programs, repeats, int, clock)  # int() does nothing
+    mistake.__name__ = "_".join(bugs).replace("-", "_")
+    return mistake
 
 
 def waits_only_after_the_call(programs, repeats, synchronize, clock):
@@ -619,6 +618,10 @@ def waits_only_after_the_call(programs, repeats, synchronize, clock):
     return seconds
 
 
+CLOCK_LEFT = "Has the device finished when the clock stops?"
+ORDER_LEFT = "Which program goes first in the second round?"
+WARMUP_LEFT = "Is the first call of a program timed?"
+
 TASKS["03.8"] = Task(
     reference=benchmark,
     inputs=lambda: [(*random_seconds(2), 4), (*random_seconds(2), 3)],
@@ -632,10 +635,14 @@ TASKS["03.8"] = Task(
         "clock. Go through the names backwards in every second round.",
     ],
     mistakes={
-        still_no_warmup: "The first time of each program is much longer than the others.",
-        still_a_first: "The times are right, but A is still first in every round.",
-        still_the_wrong_clock: "The clock still stops when a call has returned, not when the "
-        "device has finished.",
+        broken_benchmark("warm-up", "clock", "order"): "All three mistakes are still there. One is "
+        "before the first round, one is in the order, and one is in the clock.",
+        broken_benchmark("clock", "order"): f"Two mistakes are left. {CLOCK_LEFT} {ORDER_LEFT}",
+        broken_benchmark("warm-up", "order"): f"Two mistakes are left. {WARMUP_LEFT} {ORDER_LEFT}",
+        broken_benchmark("warm-up", "clock"): f"Two mistakes are left. {WARMUP_LEFT} {CLOCK_LEFT}",
+        broken_benchmark("clock"): f"One mistake is left. {CLOCK_LEFT}",
+        broken_benchmark("order"): f"One mistake is left. {ORDER_LEFT}",
+        broken_benchmark("warm-up"): f"One mistake is left. {WARMUP_LEFT}",
         waits_only_after_the_call: "The very first time also contains the warm-up: wait before you "
         "start the clock.",
     },
@@ -647,18 +654,18 @@ TASKS["03.8"] = Task(
 
 
 def decide(a, a_again, b):
-    """Whether B is faster than A: "faster", "slower", "no difference" or "unreliable".
+    """Whether B is faster than A: "faster", "slower", "not significant" or "unreliable".
 
-    The three lists are images/s, measured in turn; `a` and `a_again` are the same program. The
-    answer is "unreliable" if the 95% interval of the A/A test does not contain 1. Otherwise B is
-    faster or slower if the interval of `b` over `a` does not contain 1.
+    The arguments are images/s, measured interleaved; `a` and `a_again` are the same program. The
+    answer is "unreliable" if the 95% interval of `a_again` over `a` does not contain 1. Otherwise,
+    B is "faster" or "slower" if the interval of `b` over `a` does not contain 1.
     """
     _, low, high = speedup_interval(a, a_again)
     if not low <= 1 <= high:
         return "unreliable"
     _, low, high = speedup_interval(a, b)
     if low <= 1 <= high:
-        return "no difference"
+        return "not significant"
     return "faster" if low > 1 else "slower"
 
 
@@ -709,7 +716,7 @@ TASKS["03.9"] = Task(
         "is unreliable.",
         from_the_value_only: "You decided by the value alone. Use the interval: it says how far "
         "the value may be off.",
-        faster_if_the_upper_end_is: "An interval from 0.99 to 1.02 contains 1: no difference has "
-        "been shown.",
+        faster_if_the_upper_end_is: "An interval from 0.99 to 1.02 contains 1, so the "
+        "difference is not significant.",
     },
 )
