@@ -658,7 +658,8 @@ def decide(a, a_again, b):
 
     The arguments are images/s, measured interleaved; `a` and `a_again` are the same program. The
     answer is "unreliable" if the 95% interval of `a_again` over `a` does not contain 1. Otherwise,
-    B is "faster" or "slower" if the interval of `b` over `a` does not contain 1.
+    B is "faster" or "slower" if the interval of `b` over `a` does not contain 1, and the difference
+    is "not significant" if it does.
     """
     _, low, high = speedup_interval(a, a_again)
     if not low <= 1 <= high:
