@@ -42,7 +42,7 @@ def count_blocks(width, height, threads):
     `threads` is (across, down) of one block. Each pixel needs a thread.
     """
     across, down = threads
-    return math.ceil(width / across), math.ceil(height / down)
+    return -(-width // across), -(-height // down)
 
 
 def rounded_down(width, height, threads):
@@ -66,7 +66,8 @@ TASKS["08.1"] = Task(
     inputs=lambda: [(70, 33, (32, 4)), (640, 427, (16, 16)), (64, 8, (32, 8)), (5, 3, (32, 8))],
     hints=[
         "How many blocks of 32 pixels cover a row of 64 pixels? And a row of 65?",
-        "Divide, and round up to an integer, in each direction.",
+        "Divide, and round up to an integer, in each direction. In Python, -(-a // b) is a / b, "
+        "rounded up.",
     ],
     mistakes={
         rounded_down: "The pixels at the right or at the bottom have no thread. Round up.",
@@ -678,5 +679,78 @@ TASKS["08.9"] = Task(
         numbers_instead_of_bytes: "These are numbers. Each of them has 4 bytes.",
         whole_blocks_only: "The blocks at the edge are missing. Round up.",
         each_pixel_once: "Without a tile, each thread reads size x size pixels of its own.",
+    },
+)
+
+
+# 08.10: a fused kernel
+
+
+def bias_relu(x, bias, output, channels, pixels, block: tl.constexpr):
+    """One program of a fused kernel: output = ReLU(x + bias of its channel).
+
+    `x` and `output` have channels x pixels numbers, the channels one after the other; `bias` has a
+    number for each channel. Program n computes the `block` numbers from n * block on. A block may
+    contain numbers of several channels. `tl.maximum(a, b)` is the larger one.
+    """
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    inside = place < channels * pixels
+    channel = place // pixels
+    total = tl.load(x + place, mask=inside) + tl.load(bias + channel, mask=inside)
+    tl.store(output + place, tl.maximum(total, 0.0), mask=inside)
+
+
+def run_bias_relu(function, x, bias, block):
+    channels, pixels = x.shape
+    output = np.full(x.shape, np.nan, np.float32)
+    grid = (math.ceil(x.size / block), 1)
+    simulate_triton(function, grid, x, bias, output, channels, pixels, block)
+    return None if np.isnan(output).all() else output
+
+
+def bias_of_the_pixel(x, bias, output, channels, pixels, block: tl.constexpr):
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    inside = place < channels * pixels
+    total = tl.load(x + place, mask=inside) + tl.load(bias + place % channels, mask=inside)
+    tl.store(output + place, tl.maximum(total, 0.0), mask=inside)
+
+
+def relu_first(x, bias, output, channels, pixels, block: tl.constexpr):
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    inside = place < channels * pixels
+    numbers = tl.maximum(tl.load(x + place, mask=inside), 0.0)
+    tl.store(output + place, numbers + tl.load(bias + place // pixels, mask=inside), mask=inside)
+
+
+def unmasked(x, bias, output, channels, pixels, block: tl.constexpr):
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    total = tl.load(x + place) + tl.load(bias + place // pixels)
+    tl.store(output + place, tl.maximum(total, 0.0))
+
+
+def without_relu(x, bias, output, channels, pixels, block: tl.constexpr):
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    inside = place < channels * pixels
+    total = tl.load(x + place, mask=inside) + tl.load(bias + place // pixels, mask=inside)
+    tl.store(output + place, total, mask=inside)
+
+
+TASKS["08.10"] = Task(
+    reference=bias_relu,
+    inputs=lambda: [(random_array(3, 21) - 0.5, random_array(3) - 0.5, 16)],
+    run=run_bias_relu,
+    hints=[
+        "The places in x of this program are `block` numbers at once, as the columns in task 08.6. "
+        "The last program has places beyond the end: mask them.",
+        "Which channel has place 25, if a channel has 21 pixels? An integer division gives the "
+        "channels of all places. Use them as offsets for `bias`.",
+        "Load twice with the mask, add, take the maximum with 0.0, and store once with the mask.",
+    ],
+    mistakes={
+        bias_of_the_pixel: "The channel of a place is not a remainder. The first `pixels` places "
+        "belong to channel 0.",
+        relu_first: "ReLU comes after the bias.",
+        unmasked: "The last program goes beyond the end of x. All loads and the store need a mask.",
+        without_relu: "The ReLU is missing.",
     },
 )

@@ -61,6 +61,12 @@ def test_the_triton_kernel_computes_the_convolution_of_pytorch():
     np.testing.assert_allclose(output, conv2d(photo, weights), rtol=1e-5)
 
 
+def test_the_fused_kernel_is_relu_of_the_sum():
+    x, bias = np.random.randn(4, 19).astype(np.float32), np.random.randn(4).astype(np.float32)
+    output = LESSON["run_bias_relu"](solution("08.10"), x, bias, 32)
+    np.testing.assert_array_equal(output, np.maximum(x + bias[:, None], 0))
+
+
 def test_the_kernels_also_run_in_the_simulators_of_numba_and_triton(tmp_path):
     pytest.importorskip("numba")
     pytest.importorskip("triton")
