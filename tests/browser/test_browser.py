@@ -44,19 +44,6 @@ def test_training_runs_live_follows_a_slider_and_stops(lab, open_lesson):
     assert len(colors) > 50  # an empty frame has fewer colors than one with curves
 
 
-def test_the_ladder_grows_and_stops(lab, open_lesson):
-    page = open_lesson("16_whole_ladder.ipynb")
-    run_all(page)
-    panel = page.locator(".cnnlab-panel")
-    panel.scroll_into_view_if_needed()
-    panel.locator(".cnnlab-torch-compile input").uncheck()  # slow
-    first = picture(panel)
-    panel.locator(".cnnlab-run").click()
-    second = changed_picture(panel, first, 60)
-    changed_picture(panel, second, 60)
-    stop(page, panel)
-
-
 def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_points(lab, open_lesson):
     longer = ("steps=8, threads", "steps=150, threads")
     page, panel = open_panel(lab, open_lesson, "12_data_parallel", "widgets.ScalingPanel(", longer)

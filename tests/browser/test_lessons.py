@@ -61,16 +61,14 @@ def use(page, panel):
     before = changed_picture(panel, before)
     if not run.count():
         return
-    finish(page, panel, run)
+    end(page, panel, run, stop)
     if panel.locator(".noUi-handle").count():
         move_a_slider(panel)
         changed_picture(panel, before)
     else:
         run.click()
     time.sleep(0.3)
-    if stop.is_enabled():  # a quick run may have ended
-        stop.click()
-    finish(page, panel, run, 10)
+    end(page, panel, run, stop)
     why = panel.locator(".cnnlab-why")
     if why.count():
         why.click()
@@ -78,6 +76,12 @@ def use(page, panel):
         shown.wait_for(timeout=180_000)
         assert "Most of a step is" in shown.inner_text()
         finish(page, panel, run)
+
+
+def end(page, panel, run, stop):
+    if stop.is_enabled():  # a quick run may be over
+        stop.click()
+    finish(page, panel, run, 20)
 
 
 def move_a_slider(panel):
