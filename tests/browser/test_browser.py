@@ -45,7 +45,7 @@ def test_training_runs_live_follows_a_slider_and_stops(lab, open_lesson):
 
 
 def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_points(lab, open_lesson):
-    longer = ("steps=8, threads", "steps=150, threads")
+    longer = ("full_or_quick(20, 8)", "150")
     page, panel = open_panel(lab, open_lesson, "12_data_parallel", "widgets.ScalingPanel(", longer)
     handle = panel.locator(".cnnlab-replicas .noUi-handle")
     handle.press("ArrowLeft")  # from 2 to 1; nothing runs before the first Run
