@@ -72,8 +72,8 @@ def profile(
 ) -> Profile | None:
     """Train in fresh processes and profile rank 0 for `steps` steps after the warm-up.
 
-    The trace file is written to `folder`, by default a new temporary one. Returns None if `stop`
-    was set meanwhile.
+    The trace file is written to a new folder in `folder`, by default the one for temporary files.
+    Returns None if `stop` was set meanwhile.
     """
     results = list(stream_profile(profile_rank, recipe, steps, folder, stop))
     return results[0][1] if results else None
@@ -92,10 +92,9 @@ def stream_profile(
     datasets.download(recipe)
     parallel = recipe.ranks > 1 or recipe.strategy == "ddp"
     backend = worker.select_backend(recipe, recipe.ranks) if parallel else None
-    folder = Path(folder or tempfile.mkdtemp(prefix="cnnlab-profile-")).expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{recipe.model}-batch{recipe.batch_size}-{recipe.device}"
-    arguments = (recipe, _new_file(folder, name))
+    name = f"{recipe.model}-batch{recipe.batch_size}-{recipe.device}.json.gz"
+    trace_file = Path(tempfile.mkdtemp(prefix="cnnlab-profile-", dir=folder)) / name
+    arguments = (recipe, trace_file)
     yield from launcher.stream(function, arguments, recipe.ranks, stop, backend=backend)
 
 
@@ -140,21 +139,15 @@ def summarize_profile(
     `steps`: in the profile. By default it counts `profiler.step()`, or else `optimizer.step()`.
     """
     if trace_file is not None:
-        trace_file = Path(trace_file)
         profiler.export_chrome_trace(str(trace_file))
     events = sorted_events(profiler)
     starts, counted = find_steps(events)
     steps = steps or counted or getattr(profiler, "step_num", 0) or 1
     lanes, leaves = make_lanes(events)
     on_gpu = any(name.startswith("GPU") for name in lanes)
-    busy = [
-        span
-        for name, lane in lanes.items()
-        for span in lane
-        if name != "labels" and not (on_gpu and name.startswith("CPU"))
-    ]
+    not_busy = ("labels", "CPU") if on_gpu else ("labels",)
+    busy = [span for name in lanes if not name.startswith(not_busy) for span in lanes[name]]
     step_s = max(1e-9, max((span.end for span in busy), default=0.0) - starts[0]) / steps
-    first = starts[-SHOWN_STEPS:][0]
     parts = dict.fromkeys(("arithmetic", "memory", "copies"), 0.0)
     for part, seconds in leaves:
         parts[part] += seconds / steps
@@ -164,10 +157,10 @@ def summarize_profile(
         step_s=step_s,
         idle_s=max(0.0, step_s - union_s(busy) / steps),
         operations=_sum_operations(busy, steps, step_s),
-        lanes=_last_lanes(lanes, first),
+        lanes=_last_lanes(lanes, starts[-SHOWN_STEPS:][0]),
         parts=parts,
         num_operations=len(leaves) // steps,
-        trace_file=trace_file,
+        trace_file=Path(trace_file) if trace_file else None,
     )
 
 
@@ -178,15 +171,6 @@ def union_s(spans: Iterable[Span]) -> float:
         total += max(0.0, span.end - max(span.start, until))
         until = max(until, span.end)
     return total
-
-
-def _new_file(folder, name):
-    """A file of that name, numbered if there is one."""
-    file, number = folder / f"{name}.json.gz", 1
-    while file.exists():
-        number += 1
-        file = folder / f"{name}-{number}.json.gz"
-    return file
 
 
 def _sum_operations(spans, steps, step_s):
@@ -203,17 +187,13 @@ def _sum_operations(spans, steps, step_s):
 
 def _last_lanes(lanes, first):
     """The spans from `first` on, with times relative to it, without threads that hardly work."""
+    end = max((spans[-1].end for spans in lanes.values()), default=first)
     last: dict[str, list[Span]] = {}
     for name, spans in lanes.items():
-        last[name] = [
-            span._replace(start=span.start - first, end=span.end - first)
-            for span in spans
-            if span.start >= first
-        ]
-    end = max((spans[-1].end for spans in last.values() if spans), default=0.0)
-    helpers = [name for name in last if name.startswith("CPU") and name[-1].isdigit()]
-    return {
-        name: spans
-        for name, spans in last.items()
-        if name not in helpers or union_s(spans) > 0.01 * end
-    }
+        shown = [span for span in spans if span.start >= first]
+        is_helper = name.startswith("CPU") and name[-1].isdigit()
+        if not is_helper or union_s(shown) > 0.01 * (end - first):
+            last[name] = [
+                span._replace(start=span.start - first, end=span.end - first) for span in shown
+            ]
+    return last

@@ -1,7 +1,6 @@
 """The events of torch.profiler as spans on a timeline: which operation ran where, and when."""
 
 import re
-from bisect import bisect
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ ARITHMETIC = re.compile(
 )
 # Generated kernels, whose names also list what was fused into them:
 FUSED_PREFIXES = ("triton_poi", "triton_per", "triton_red")
-COLLECTIVES = re.compile("nccl|oneccl")  # kernels; gloo and MPI communicate on the CPU
+COLLECTIVES = re.compile("c10d|nccl|oneccl")  # a CPU may wait for other ranks in them
 COPY = re.compile("HtoD|DtoH|HostToDevice|DeviceToHost|M2D|D2M|(cuda|hip)Memcpy")
 # In the names of the events with which torch marks its own steps:
 LOADER, OPTIMIZER, STEP = "enumerate(DataLoader)", "Optimizer.", "ProfilerStep"
@@ -24,13 +23,7 @@ GRAPH = "## Call CompiledFxGraph"  # its own time on a CPU is that of the genera
 AUTOGRAD = "autograd::engine::evaluate_function: "
 RANGES = (GRAPH, "Torch-Compiled Region", "CompiledFunction", AUTOGRAD + "CompiledFunction")
 PARTS = ("communication", "synchronize", "arithmetic", "copies", "memory")  # first counts most
-LANES = (
-    "labels",
-    "loader",
-    "CPU",
-    "GPU",
-    "communication",
-)  # how the names of lanes begin, in order
+LANES = ("labels", "loader", "CPU", "GPU", "communication")  # how their names begin, in order
 
 
 class Span(NamedTuple):
@@ -73,16 +66,10 @@ def sorted_events(profiler: Any) -> list[Any]:
 def find_steps(events: Sequence[Any]) -> tuple[list[float], int]:
     """(when each step begins, in seconds; number of steps, 0 if unknown) of the events."""
     marks, updates, loads = (_begin_with(events, x) for x in (STEP, OPTIMIZER + "step", LOADER))
-    updated = [event.time_range.start for event in updates]
     starts = [event.time_range.start for event in marks or loads]
-    if updates and not marks:  # a step may fetch several batches
-        firsts: dict[int, float] = {}
-        for start in starts:
-            firsts.setdefault(bisect(updated, start), start)
-        starts = list(firsts.values())
     if not starts:
-        first = [event.time_range.start for event in events[:1]] or [0.0]
-        starts = first + [event.time_range.end for event in updates[:-1]]
+        starts = [event.time_range.start for event in events[:1]] or [0.0]
+        starts += [event.time_range.end for event in updates[:-1]]
     return [start / 1e6 for start in starts], len(marks) or len(updates) or len(loads)
 
 
@@ -99,22 +86,22 @@ def make_lanes(events: Sequence[Any]) -> tuple[dict[str, list[Span]], list[tuple
     base = "CPU launches" if on_device else "CPU thread"
     leaves = []
     for event in events:
-        if event.device_type == DeviceType.CPU and _is_label(event):
+        if event.device_type != DeviceType.CPU:
+            continue
+        if _is_label(event):
             label = _span(event, "label")
             if not lanes["labels"] or label.start >= lanes["labels"][-1].end:  # not in another
                 lanes["labels"].append(label)
-        if event.device_type != DeviceType.CPU or event.cpu_parent is not None:
+        if event.cpu_parent is not None:
             continue
         for span, members in _cpu_spans(event):
             lane = _own_category(event.name)
             if lane not in ("loader", "communication"):
                 number = threads.setdefault(event.thread, len(threads) + 1)
                 lane = base if number == 1 else f"{base} {number}"
-                leaves += _own_times(members)
+                leaves += [] if on_device else _own_times(members)
             lanes[lane].append(span)
             owners.update((op.id, span) for op in members if not _launched_by(op))
-    if on_device:
-        leaves = []
     for event in on_device:
         if event.is_user_annotation:  # a range over kernels
             continue
@@ -123,8 +110,7 @@ def make_lanes(events: Sequence[Any]) -> tuple[dict[str, list[Span]], list[tuple
             lanes["communication"].append(span)
             continue
         lanes[f"GPU stream {event.device_resource_id}"].append(span)
-        part = span.category if span.category == "copies" else _part(event.name)
-        leaves.append((part, span.end - span.start))
+        leaves.append((_part(event.name), span.end - span.start))
     ordered = [lane for start in LANES for lane in lanes if lane.startswith(start)]
     return {lane: lanes[lane] for lane in ordered if lanes[lane]}, leaves
 
@@ -145,19 +131,25 @@ def _cpu_spans(event):
     name, category = event.name, _own_category(event.name)
     of_python = getattr(event, "is_python_function", False)  # not in all versions of torch
     is_range = event.is_user_annotation or of_python or name.startswith(RANGES)
-    if category is None and is_range:
-        until, rest = event.time_range.start, [event] if name.startswith(GRAPH) else []
+    if category is None and name.startswith(GRAPH):
+        yield from _graph_spans(event)
+    elif category is None and is_range:
         for child in event.cpu_children:
-            if name.startswith(GRAPH):
-                yield _span(event, "memory", until, child.time_range.start), rest
             yield from _cpu_spans(child)
-            until, rest = child.time_range.end, []
-        if name.startswith(GRAPH):
-            yield _span(event, "memory", until), rest
-        return
-    members = list(_subtree(event))
-    parts = {_part(member.name) for member in members}
-    yield _span(event, category or min(parts, key=PARTS.index)), members
+    else:
+        members = list(_subtree(event))
+        parts = {_part(member.name) for member in members}
+        yield _span(event, category or min(parts, key=PARTS.index)), members
+
+
+def _graph_spans(event):
+    """`_cpu_spans` of a compiled graph: generated kernels run between the operations it calls."""
+    until, members = event.time_range.start, [event]
+    for child in event.cpu_children:
+        yield _span(event, "memory", until, child.time_range.start), members
+        yield from _cpu_spans(child)
+        until, members = child.time_range.end, []
+    yield _span(event, "memory", until), members
 
 
 def _subtree(event):
@@ -168,7 +160,7 @@ def _subtree(event):
 
 def _device_span(event, operation):
     """The span of a kernel or copy on a GPU, with the name of the operation that launched it."""
-    category = "communication" if COLLECTIVES.search(event.name) else _part(event.name)
+    category = _part(event.name)
     if operation is None or category == "copies":
         return _span(event, category)
     if operation.category == "optimizer" and category != "communication":
@@ -193,7 +185,7 @@ def _own_category(name):
 
 def _part(name):
     """The category of a kernel, an operation, or a call of the GPU's library, by its name."""
-    if "c10d" in name:  # a collective, in which a CPU may wait for other ranks
+    if COLLECTIVES.search(name):
         return "communication"
     if "Synchronize" in name:
         return "synchronize"

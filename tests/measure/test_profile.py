@@ -244,7 +244,7 @@ def test_a_recipe_is_profiled_after_its_warmup(tmp_path):
     assert isinstance(found, Profile) and found.steps == 4
     assert {"loader", "CPU thread"} == set(found.lanes)
     assert rows(found)["conv2d"].calls == 2 and rows(found)["Adam.step"].calls == 1
-    assert found.trace_file.parent == tmp_path and os.path.getsize(found.trace_file)
+    assert found.trace_file.parent.parent == tmp_path and os.path.getsize(found.trace_file)
     again = profile(SMALL, steps=2, folder=tmp_path)
     assert again.trace_file != found.trace_file
 
