@@ -6,7 +6,6 @@ import time
 
 import nbformat
 import psutil
-import pytest
 from helpers import ASK_KERNEL, ERRORS, PICTURE_BYTES, run_all, run_until, saved_notebook
 from PIL import Image
 
@@ -65,38 +64,6 @@ def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_points(lab, ope
     panel.locator(".cnnlab-run").click()
     wait_for_status(panel, "1 rank with DDP", "speedup")
     assert not forked_ranks()
-    assert_no_errors(page)
-
-
-@pytest.mark.parametrize(
-    "name, endless, slider, keys",
-    [
-        (
-            "10_operator_fusion",
-            ("steps=steps, threads=1", "steps=4000, threads=1"),
-            "compiler",
-            ["ArrowRight"],
-        ),
-    ],
-)
-def test_a_training_panel_runs_follows_its_slider_stops_and_explains(
-    lab, open_lesson, name, endless, slider, keys
-):
-    page, panel = open_panel(lab, open_lesson, name, "widgets.TrainingPanel(", endless)
-    before = picture(panel)
-    panel.locator(".cnnlab-run").click()
-    wait_for_status(panel, "step ", "images/s")
-    for key in keys:
-        before = changed_picture(panel, before)
-        panel.locator(f".cnnlab-{slider} .noUi-handle").press(key)
-        wait_for_status(panel, "step ", "images/s", seconds=120)  # torch.compile compiles first
-    changed_picture(panel, before)
-    stop(page, panel)
-    if name.startswith("05"):
-        panel.locator(".cnnlab-why").click()
-        shown = "() => document.querySelector('.cnnlab-reason pre')"
-        page.wait_for_function(shown, timeout=120_000)
-        assert "Most of a step is" in panel.locator(".cnnlab-reason").inner_text()
     assert_no_errors(page)
 
 
