@@ -3,9 +3,9 @@
    convolve FOLDER HEIGHT WIDTH SIZE REPEATS THREADS...
 
    Reads photo.bin and kernel.bin (32-bit floats) and widths.bin (32-bit integers: how many pixels
-   of each row to compute) from FOLDER. Computes REPEATS times with each number of threads, after
-   one call of each to warm up. Prints "threads seconds" for each call, and writes output.bin. The
-   environment variable OMP_SCHEDULE chooses the schedule, such as "static" or "dynamic,1". */
+   of each row to compute) from FOLDER. Computes REPEATS times with each number of threads, each
+   time after an untimed call. Prints "threads seconds" for each timed call, and writes output.bin.
+   The environment variable OMP_SCHEDULE chooses the schedule: "static" or "dynamic,1", say. */
 
 #include <omp.h>
 #include <stdio.h>
@@ -58,15 +58,15 @@ int main(int argc, char **argv)
     int *widths = load(folder, "widths.bin", (size_t)rows);
     float *output = calloc((size_t)rows * columns, sizeof *output);
 
-    for (int repeat = 0; repeat <= repeats; repeat++)
+    for (int repeat = 0; repeat < repeats; repeat++)
         for (int k = 6; k < argc; k++) {
             /* Every second time in the opposite order, so that no count always comes first. */
             int threads = atoi(argv[repeat % 2 ? k : argc + 5 - k]);
             omp_set_num_threads(threads);
+            convolve(photo, kernel, widths, output, rows, columns, size); /* starts threads */
             double start = omp_get_wtime();
             convolve(photo, kernel, widths, output, rows, columns, size);
-            if (repeat > 0)
-                printf("%d %.9f\n", threads, omp_get_wtime() - start);
+            printf("%d %.9f\n", threads, omp_get_wtime() - start);
         }
 
     char path[4096];

@@ -5,7 +5,6 @@ import copy
 import queue
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -13,6 +12,27 @@ import torch
 from cnnlab.check import Task
 
 TASKS = {}
+
+
+def finish(call, seconds=10):
+    """What call() returns, or an error if it does not end: the lesson must not stop there."""
+    outcomes = []
+
+    def work():
+        try:
+            outcomes.append(call())
+        except Exception as error:  # raised below, in the thread of the check
+            outcomes.append(error)
+
+    # The threads that a daemon thread starts are daemons, too: none of them keeps Python running.
+    caller = threading.Thread(target=work, daemon=True)
+    caller.start()
+    caller.join(seconds)
+    if not outcomes:
+        raise TimeoutError(f"a thread still waits after {seconds} s, for a lock, an item or a join")
+    if isinstance(outcomes[0], Exception):
+        raise outcomes[0]
+    return outcomes[0]
 
 
 # 04.1: a convolution without a Python loop over pixels
@@ -198,7 +218,7 @@ def run_fork_join(function, parts):
         finished.append(part)
         return part * part
 
-    results = function(square, parts)
+    results = finish(lambda: function(square, parts))
     count = len(finished)
     if not isinstance(results, list) and count == 0:
         return results
@@ -251,8 +271,9 @@ TASKS["04.3"] = Task(
         "Use two loops: the first one starts all threads, the second one joins them.",
     ],
     mistakes={
-        one_after_the_other: "Each thread is joined before the next one starts, so only one "
-        "computes at a time. Start all threads first.",
+        one_after_the_other: "Only one part is computed at a time. Start all threads before you "
+        "join the first one. And pass the function itself as the target: `target=work`, not "
+        "`target=work(number)`.",
         without_join: "The function returns before the threads have finished: join them.",
         in_the_order_of_completion: "The results come in the order in which the threads finish. "
         "Store each result in the place of its part.",
@@ -302,9 +323,17 @@ def run_add_part(function, numbers, threads):
     """The total after several threads have added the same numbers, and the number of updates."""
     total = SlowTotal(threads)
     lock = threading.Lock()
-    with ThreadPoolExecutor(threads) as pool:
-        calls = [pool.submit(function, numbers, total, lock) for _ in range(threads)]
-    returned = [call.result() for call in calls]
+
+    def call(_):
+        try:
+            return function(numbers, total, lock)
+        except Exception as error:  # raised below
+            return error
+
+    returned = finish(lambda: fork_join(call, range(threads)))
+    for value in returned:
+        if isinstance(value, Exception):
+            raise value
     if total.updates == 0:
         return returned
     return {"total": dict(total)["sum"], "updates": total.updates}
@@ -342,8 +371,8 @@ TASKS["04.4"] = Task(
         "overwrites what the others have written.",
         own_sum_without_a_lock: "There are fewer updates, but updates are still lost: a thread "
         "can read the total before another one has written it.",
-        lock_for_each_number: "The total is right, but the threads take turns for each number. "
-        "Take the lock once in each thread.",
+        lock_for_each_number: "The total is right, but it is updated for each number, so the "
+        "threads wait for each other all the time. Add up the numbers first, without the lock.",
     },
 )
 
@@ -619,7 +648,7 @@ def run_queue(function, items, workers):
             others.release()
         return item * item
 
-    results = function(square, items, workers)
+    results = finish(lambda: function(square, items, workers))
     if not isinstance(results, list) and not threads:
         return results
     return {
@@ -643,13 +672,20 @@ def no_threads(function, items, workers):
     return [function(item) for item in items]
 
 
+def results_appended(function, items, workers):
+    results = []
+    run_dynamic(lambda item: results.append(function(item)), items, workers)
+    return results
+
+
 TASKS["04.9"] = Task(
     reference=run_dynamic,
     inputs=lambda: [([0, 1, 2, 3, 4, 5], 2)],
     run=run_queue,
     hints=[
-        "Put all items into a `queue.SimpleQueue`, each with its number. Each thread is a loop "
-        "that takes one item and computes it, until the queue is empty.",
+        "Put all items into a `queue.SimpleQueue`, each with its number: `enumerate(items)` gives "
+        "pairs. Each thread is a loop that takes one item and computes it, until the queue is "
+        "empty.",
         "`get_nowait()` takes the next item, or raises `queue.Empty`. Then the thread returns.",
         "You have already written what starts and joins the threads: `fork_join`. Its parts can be "
         "the numbers of the workers, which the threads ignore.",
@@ -659,5 +695,7 @@ TASKS["04.9"] = Task(
         "Nobody takes the items of a thread that is late.",
         a_thread_for_each_item: "There is a thread for each item. Start `workers` threads only.",
         no_threads: "One thread computes all items.",
+        results_appended: "The results come in the order in which the items are finished. Store "
+        "each result in the place of its item.",
     },
 )

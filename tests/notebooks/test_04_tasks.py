@@ -1,6 +1,7 @@
 """The solutions of lesson 04 against plain PyTorch and brute force, and its programs."""
 
 import os
+import queue
 import runpy
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PROGRAMS = NOTEBOOKS / "programs"
-TASKS = runpy.run_path(str(NOTEBOOKS / "solutions" / "04_vectors_and_threads.py"))["TASKS"]
+SOLUTIONS = runpy.run_path(str(NOTEBOOKS / "solutions" / "04_vectors_and_threads.py"))
+TASKS = SOLUTIONS["TASKS"]
 
 compiler = shutil.which("gcc") or shutil.which("clang")
 
@@ -78,6 +80,11 @@ def test_a_work_queue_computes_everything_once():
     calls = []
     results = solution("04.9")(lambda item: calls.append(item) or -item, range(50), 3)
     assert results == [-item for item in range(50)] and sorted(calls) == list(range(50))
+
+
+def test_a_thread_that_waits_forever_is_an_error():
+    with pytest.raises(TimeoutError, match="still waits"):
+        SOLUTIONS["finish"](queue.SimpleQueue().get, seconds=0.1)
 
 
 @pytest.fixture
