@@ -99,19 +99,6 @@ def test_a_pipeline_follows_its_sliders_and_strategies_run_side_by_side(lab, ope
     assert_no_errors(page)
 
 
-def test_the_race_of_lesson_11_follows_its_slider_and_stops(lab, open_lesson):
-    page, panel = open_panel(lab, open_lesson, "11_whole_program", "class Race(")
-    before = picture(panel)
-    panel.locator(".cnnlab-run").click()
-    before = changed_picture(panel, before, 120)
-    wait_for_status(panel, "fastest here", seconds=180)
-    panel.locator(".cnnlab-batch .noUi-handle").press("ArrowLeft")
-    changed_picture(panel, before, 120)
-    panel.locator(".cnnlab-run").click()
-    stop(page, panel)
-    assert_no_errors(page)
-
-
 def test_a_cluster_on_paper_follows_its_controls(lab, open_lesson):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CLUSTER)])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
