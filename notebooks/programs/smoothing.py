@@ -6,9 +6,9 @@ import torch
 def smooth(image):
     """Smooth all rows of a gray image (rows, columns) except the first and the last one.
 
-    A pixel moves toward its four neighbors, but hardly toward those across an edge. Returns
-    (rows - 2, columns). Source: Perona and Malik, "Scale-space and edge detection using
-    anisotropic diffusion" (1990).
+    The gray level of a pixel moves toward those of its four neighbors, but hardly toward a very
+    different one, which is across an edge. Returns (rows - 2, columns). Source: Perona and Malik,
+    "Scale-space and edge detection using anisotropic diffusion" (1990).
     """
     center = image[1:-1]
     left = torch.cat([center[:, :1], center[:, :-1]], dim=1)

@@ -143,12 +143,11 @@ TASKS["05.2"] = Task(
 
 
 def smooth_shared(name, shape, first, last):
-    """Smooth a part of the image in the shared memory block `name`, in place of a message.
+    """Smooth one part of an image that is in the shared memory block `name`. Return nothing.
 
-    The block has two float32 images of `shape`: before and after the step. The rows from `first`
-    up to, but without, `last` are those that this worker needs. Reads them in the first image and
-    writes the rows that it computes, which are all of these but the first and the last one, into
-    the second one. Returns nothing.
+    The block has two float32 images of `shape`, before and after the step. This worker needs the
+    rows from `first` up to, but without, `last` of the first image. Write the rows that it
+    computes (all of these but the first and the last one) into the second image.
     """
     block = shared_memory.SharedMemory(name=name)
     before, after = torch.from_numpy(np.ndarray((2, *shape), np.float32, block.buf))
@@ -226,8 +225,8 @@ TASKS["05.3"] = Task(
         "image. Delete all tensors of the block before `block.close()`.",
     ],
     mistakes={
-        result_returned: "The result was returned, so it is sent as a pickle, and nobody has "
-        "written it into the block.",
+        result_returned: "The result was returned, so it would be sent as a pickle. Write it into "
+        "the second image of the block.",
         written_one_row_too_early: "The rows are one row too high. The first row that `smooth` "
         "returns is row first + 1 of the image.",
         written_into_the_first_image: "The first image was changed. Other workers still read it: "
@@ -341,7 +340,7 @@ TASKS["05.4"] = Task(
     mistakes={
         halo_rows_sent: "You sent your halo rows, which are copies of the neighbors' old rows. "
         "Send your own rows next to them.",
-        opposite_edges_sent: "The rows were exchanged: the rank above needs your first own row, "
+        opposite_edges_sent: "The two rows are swapped: the rank above needs your first own row, "
         "and the rank below needs your last one.",
         downward_only: "Rows went down only. Each rank also needs the row of the rank below.",
         first_and_last_rank_are_neighbors: "The first and the last rank are not neighbors. Their "
@@ -355,9 +354,10 @@ TASKS["05.4"] = Task(
 
 
 def sum_over_ranks(tensor):
-    """Replace `tensor` by the sum of the tensors of all ranks, in place and in all ranks.
+    """Replace `tensor` with the sum of the tensors of all ranks, in place and in all ranks.
 
-    Rank 0 receives the tensors of the other ranks and adds them up. Then it sends the sum to them.
+    Rank 0 receives the tensors of the other ranks, one after the other, and adds them to its own.
+    Then it sends the sum to each of them.
     """
     others = range(1, dist.get_world_size())
     if dist.get_rank() == 0:
@@ -409,6 +409,21 @@ def received_over_the_own_tensor(tensor):
         dist.recv(tensor, 0)
 
 
+def sum_in_a_new_tensor(tensor):
+    others = range(1, dist.get_world_size())
+    if dist.get_rank() == 0:
+        total = tensor.clone()
+        for other in others:
+            received = torch.empty_like(tensor)
+            dist.recv(received, other)
+            total = total + received
+        for other in others:
+            dist.send(total, other)
+    else:
+        dist.send(tensor, 0)
+        dist.recv(tensor, 0)
+
+
 def mean_of_the_ranks(tensor):
     dist.all_reduce(tensor)
     tensor /= dist.get_world_size()
@@ -421,13 +436,15 @@ TASKS["05.5"] = Task(
     hints=[
         "Write one branch for rank 0 and one for the other ranks. Each message needs a send in one "
         "branch and a recv in the other, in the same order.",
-        "Rank 0 receives into an empty tensor, `torch.empty_like(tensor)`, and adds that to its "
-        "own one. The other ranks can receive the sum into `tensor` itself.",
+        "Rank 0 receives into a new tensor, `torch.empty_like(tensor)`, and adds this to its own "
+        "tensor with `+=`. The other ranks can receive the sum into `tensor` itself.",
     ],
     mistakes={
         only_rank_0_has_the_sum: "Only rank 0 has the sum. Send it to the other ranks.",
         received_over_the_own_tensor: "`recv` overwrites its tensor. Receive into another one, and "
         "add it.",
+        sum_in_a_new_tensor: "Rank 0's tensor has not changed: `tensor = tensor + other` makes a "
+        "new tensor. `tensor += other` changes it in place.",
         mean_of_the_ranks: "This is the mean. The task asks for the sum.",
     },
 )
@@ -525,8 +542,8 @@ TASKS["05.7"] = Task(
     hints=[
         "Count for an image of 5 rows: one rank computes 3 of them. Three copies have 15 rows. How "
         "many of these are computed, and how many by each of three ranks?",
-        "n ranks shall compute n * (rows - 2) rows, and the image needs one more row at the top "
-        "and at the bottom.",
+        "The n ranks must compute n * (rows - 2) rows together, and the image needs one more row "
+        "at the top and one at the bottom.",
         "Repeat only the inner rows, `image[1:-1]`, and join the first and the last row to them "
         "with `torch.cat`.",
     ],
@@ -535,7 +552,7 @@ TASKS["05.7"] = Task(
         "outer rows of a copy in the middle are computed too.",
         edges_missing: "The first and the last row are missing. These are not computed, but the "
         "rows next to them need them.",
-        next_to_each_other: "The image got wider. The ranks divide its rows: it must get taller.",
+        next_to_each_other: "This image is wider. The ranks divide the rows, so it must be taller.",
     },
 )
 
@@ -578,10 +595,10 @@ TASKS["05.8"] = Task(
         "Divide by one_s and multiply by n: n * many_s / one_s = n * s + 1 - s.",
     ],
     mistakes={
-        missing_speedup: "This is what is missing to the ideal speedup (1 - efficiency). It is not "
-        "the serial share: solve Amdahl's law for s.",
-        time_of_many_per_one: "This is the inverse of the speedup: serial and parallel part "
-        "together.",
+        missing_speedup: "This is 1 - efficiency, not the serial share. Solve Amdahl's law for the "
+        "share.",
+        time_of_many_per_one: "This is the inverse of the speedup. It contains the serial and the "
+        "parallel part.",
         difference_to_the_ideal: "Almost: many_s / one_s - 1 / n is s * (1 - 1 / n), not s.",
     },
 )
@@ -643,8 +660,8 @@ TASKS["05.9"] = Task(
     inputs=tensors_of_three_ranks,
     run=run_ring,
     hints=[
-        "Which rank can be the first one to leave its `recv`? Draw an arrow from each rank to the "
-        "rank that it waits for. A circle is a deadlock.",
+        "Can any rank get past its `recv`? Draw an arrow from each rank to the rank that it waits "
+        "for. If the arrows form a circle, this is a deadlock.",
         "Two ways out: start the send with `dist.isend`, which returns at once, before you "
         "receive, and call `wait()` on what it returned. Or let the ranks with even numbers send "
         "first, and those with odd numbers receive first.",
@@ -687,9 +704,9 @@ def run_broadcast(function, tensors):
     send = dist.send
 
     def call():
-        def counting_send(tensor, to, *options):
-            messages.append(to)
-            return send(tensor, to, *options)
+        def counting_send(tensor, dst):
+            messages.append(dst)
+            return send(tensor, dst)
 
         dist.send = counting_send
         tensor = tensors[dist.get_rank()].clone()
@@ -741,6 +758,6 @@ TASKS["05.10"] = Task(
         "the other. In a tree, ranks that have the data send them too.",
         one_after_the_other: "The result is right, but this is a chain, which takes one round for "
         "each rank. In a tree, rank 0 sends again in the next round.",
-        first_round_only: "Only ranks 0 and 1 have the data. Go on with more rounds.",
+        first_round_only: "Only ranks 0 and 1 have the data. More rounds must follow.",
     },
 )
