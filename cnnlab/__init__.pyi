@@ -38,7 +38,6 @@ from .parallel.simulated_network import all_reduce_seconds as all_reduce_seconds
 from .recipe import CnnlabError as CnnlabError
 from .recipe import Recipe as Recipe
 from .recipe import changes as changes
-from .recipe import format_changes as format_changes
 from .record import replay as replay
 from .training.loop import train as train
 from .values import full_or_quick as full_or_quick

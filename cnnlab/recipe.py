@@ -134,12 +134,6 @@ def changes(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
     return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
 
 
-def format_changes(a: Recipe, b: Recipe) -> str:
-    """`changes(a, b)` as a short label for a plot, such as "threads=2, precision=bf16"."""
-    label = ", ".join(f"{name}={new}" for name, (_, new) in changes(a, b).items())
-    return label or "unchanged"
-
-
 def _check_names(names: Iterable[str]) -> None:
     for name in names:
         if name not in FIELD_TYPES:
@@ -199,6 +193,9 @@ def _check_batch(recipe: Recipe) -> None:
         )
 
 
+# Fields that decide what a model learns, except for how long. The others decide how fast.
+LEARNING_FIELDS = {"model", "width", "data", "images", "image_size", "classes", "batch_size"}
+LEARNING_FIELDS |= {"augment", "optimizer", "learning_rate", "schedule", "seed"}
 MODEL_PARALLEL_FIELDS = ("stages", "micro_batches", "pipeline_schedule", "tensor_ranks")
 REPLICATED = ("ddp", "ring", "local-sgd", "async")  # strategies whose ranks have the whole model
 

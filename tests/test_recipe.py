@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from cnnlab.recipe import CnnlabError, Recipe, changes, format_changes
+from cnnlab.recipe import CnnlabError, Recipe, changes
 
 CHOICES = {
     "model": ["SmallCNN", "ResNet9", "VGG16", "VGG19"],
@@ -86,15 +86,6 @@ def test_replace_changes_only_the_named_fields():
     assert changes(base, other) == {"precision": ("fp32", "bf16"), "threads": (None, 2)}
     assert changes(other, base) == {"precision": ("bf16", "fp32"), "threads": (2, None)}
     assert changes(base, base) == {}
-
-
-def test_the_label_lists_the_changed_fields():
-    assert format_changes(Recipe(), Recipe(threads=2)) == "threads=2"
-    assert format_changes(Recipe(), Recipe()) == "unchanged"
-    assert set(format_changes(Recipe(), Recipe(threads=2, precision="bf16")).split(", ")) == {
-        "threads=2",
-        "precision=bf16",
-    }
 
 
 MINIMUM = {

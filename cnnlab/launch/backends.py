@@ -96,7 +96,9 @@ def join_under_torchrun(recipe: Recipe, timeout: timedelta) -> None:
         return
     local_rank = int(os.environ["LOCAL_RANK"])
     store, rank, world = next(rendezvous("env://", timeout=timeout))
-    store.set(f"gpu of rank {rank}", _gpu_id(recipe.device, local_rank))
+    number = local_rank % torch.accelerator.device_count()
+    properties = torch.get_device_module(recipe.device).get_device_properties(number)
+    store.set(f"gpu of rank {rank}", str(properties.uuid))
     gpus = {store.get(f"gpu of rank {other}") for other in range(world)}
     own_gpus = len(gpus) == world
     if recipe.strategy in SHARDED and not own_gpus:
@@ -112,11 +114,6 @@ def join_under_torchrun(recipe: Recipe, timeout: timedelta) -> None:
         world_size=world,
         timeout=timeout,
     )
-
-
-def _gpu_id(device: str, local_rank: int) -> str:
-    number = local_rank % torch.accelerator.device_count()
-    return str(torch.get_device_module(device).get_device_properties(number).uuid)
 
 
 def _answer(asked: str | None, backend: str) -> None:

@@ -65,6 +65,7 @@ class RankError(RuntimeError):
         self.rank = rank
         self.error = error
         self.traceback = traceback
+        self.recipe_name = ""  # if recipes are compared, the one that failed
 
 
 def root_cause(failures: list[Message]) -> Message:

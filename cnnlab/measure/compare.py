@@ -9,18 +9,13 @@ import numpy as np
 
 from cnnlab import machine
 from cnnlab.events import Finished
-from cnnlab.recipe import MODEL_PARALLEL_FIELDS, CnnlabError, Recipe
+from cnnlab.recipe import LEARNING_FIELDS, CnnlabError, Recipe
 from cnnlab.values import full_or_quick
 
-# Fields of a recipe that may differ in a fair comparison.
-COMPUTING = ("device", "threads", "precision", "memory_format", "pooling", "compiler")
-KERNELS = ("cudnn_benchmark", "fused_optimizer")
-LOADING = ("loader", "loader_workers")
-SYNCING = ("strategy", "compression", "bucket_mb", "accumulate", "sync_every", "staleness")
-RANKS = ("replicas", *MODEL_PARALLEL_FIELDS)
-MEMORY = ("recompute", "memory_limit_mib")
-NOT_TIMED = ("evaluate",)
-MAY_DIFFER = (*COMPUTING, *KERNELS, *LOADING, *SYNCING, *RANKS, *MEMORY, *NOT_TIMED)
+# Fields of a recipe that must not differ in a fair comparison.
+TIMED_STEPS = {"epochs", "steps", "warmup_steps"}
+DELAYS = {"latency_ms", "bandwidth_mbit", "straggler_ms", "checkpoint_every"}
+MUST_AGREE = LEARNING_FIELDS | TIMED_STEPS | DELAYS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +102,7 @@ def confounders(recipes: Sequence[Recipe]) -> dict[str, list[Any]]:
     found = {}
     for field in fields(Recipe):
         values = list(dict.fromkeys(getattr(recipe, field.name) for recipe in recipes))
-        if len(values) > 1 and field.name not in MAY_DIFFER:
+        if len(values) > 1 and field.name in MUST_AGREE:
             found[field.name] = values
     return found
 
@@ -126,7 +121,7 @@ def measure_interleaved(
     `repeats` is 5 by default, or 2 in quick mode. Only the first repeat evaluates. Raises
     `CnnlabError` if anything besides techniques differs, unless `allow_confounders`.
     """
-    from cnnlab.launch.launcher import run
+    from cnnlab.launch.launcher import RankError, run
 
     repeats = full_or_quick(5, 2) if repeats is None else repeats
     if not isinstance(repeats, int) or repeats < 1:
@@ -145,8 +140,12 @@ def measure_interleaved(
         order = list(recipes.items())
         for name, recipe in order if repeat % 2 == 0 else reversed(order):
             evaluate = recipe.evaluate and repeat == 0
-            events = run(recipe.replace(evaluate=evaluate), stop, env)
-            slowest = slowest_rank(events, recipe.ranks)
+            try:
+                events = run(recipe.replace(evaluate=evaluate), stop, env)
+                slowest = slowest_rank(events, recipe.ranks)
+            except RankError as error:
+                error.recipe_name = name
+                raise
             if slowest is None:  # stopped
                 return
             found[name] = found[name].add(slowest)

@@ -160,7 +160,9 @@ def climb(
 
 
 def _climb(recipe, rungs, repeats, seconds, options):
-    below = _baseline_rung(recipe)
+    empty = Measurement(name="baseline", recipe=baseline_recipe(recipe))
+    one = Speedup(value=1.0, low=1.0, high=1.0, baseline="baseline")
+    below = Rung(name="baseline", measurement=empty, over_baseline=one, over_below=one)
     yield below
     for found in measure_interleaved({"baseline": below.recipe}, repeats, **options):
         below = replace(below, measurement=found["baseline"])
@@ -205,12 +207,6 @@ def ladder_result(rungs: Iterable[Rung], impossible: Mapping[str, str]) -> dict[
     }
 
 
-def _baseline_rung(recipe: Recipe) -> Rung:
-    empty = Measurement(name="baseline", recipe=baseline_recipe(recipe))
-    one = Speedup(value=1.0, low=1.0, high=1.0, baseline="baseline")
-    return Rung(name="baseline", measurement=empty, over_baseline=one, over_below=one)
-
-
 def _apply_change(recipe: Recipe, change: Changes, seconds: float, options: dict) -> Recipe:
     """The recipe with a rung's changes, and the most replicas that divide the batch evenly."""
     if "batch_size" in change:
@@ -232,27 +228,22 @@ def _try_rung(rung, below, repeats, seconds, options):
     recipes = [below.recipe.replace(evaluate=False), rung.recipe]
     on_gpu = rung.recipe.device != "cpu"
     first = None
-    candidate_runs_next = on_gpu
     try:
         if on_gpu:
             first = measure_once(rung.recipe, options)
             if first is None:
                 return
             recipes = same_work(below.measurement, first, seconds)
-        candidate_runs_next = False
         pair = dict(zip((below.name, rung.name), recipes, strict=True))
         for found in measure_interleaved(pair, repeats, allow_confounders=on_gpu, **options):
             theirs, ours = found[below.name], found[rung.name]
             if first is not None:
                 ours = replace(ours, compile_s=first.compile_s)  # now in the cache
-            ahead = len(theirs.images_per_s) - len(ours.images_per_s)
-            # Every second repeat begins with the candidate.
-            candidate_runs_next = ahead > 0 or (ahead == 0 and len(ours.images_per_s) % 2 == 1)
-            if ahead == 0:
+            if len(theirs.images_per_s) == len(ours.images_per_s):
                 rung = _compare_with_below(rung, below, theirs, ours)
                 yield rung
     except RankError as error:
-        if not candidate_runs_next:
+        if error.recipe_name == below.name:
             raise
         yield replace(rung, failed=error.error)
 

@@ -16,15 +16,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from cnnlab.events import Checkpointed
-from cnnlab.recipe import CnnlabError, Recipe, changes
+from cnnlab.recipe import LEARNING_FIELDS, CnnlabError, Recipe, changes
 from cnnlab.record import cannot_write
 
 MAX_KEPT = 2  # newest checkpoints; older ones are deleted
 RECIPE_FILE = "recipe.json"
-
-# Fields of the recipe that must not change when a run resumes.
-RESUME_FIELDS = {"model", "width", "data", "images", "image_size", "classes", "batch_size"}
-RESUME_FIELDS |= {"augment", "optimizer", "learning_rate", "schedule", "seed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +122,9 @@ def _check_recipe(path: Path, recipe: Recipe) -> None:
         saved = Recipe.from_dict(json.loads((path / RECIPE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise _cannot_load(path, error) from None
-    fixed = set(RESUME_FIELDS)
+    fixed = LEARNING_FIELDS
     if recipe.schedule == "cosine":
-        fixed |= {"epochs", "steps"}  # the learning rate has already followed them
+        fixed = fixed | {"epochs", "steps"}  # the learning rate has already followed them
     differing = [
         f"{name}={before}, now {now}"
         for name, (before, now) in changes(saved, recipe).items()
