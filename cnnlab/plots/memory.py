@@ -1,17 +1,9 @@
-"""Memory of training strategies: what each rank holds, next to the formulas and a limit."""
+"""Memory of training strategies: what each rank holds, next to the formulas."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from cnnlab.plots.style import (
-    COLORS,
-    PHASES,
-    PREDICTED,
-    Axes,
-    hide_frame,
-    label_at,
-    legend_above_bars,
-)
+from cnnlab.plots.style import COLORS, PHASES, Axes, hide_frame, label_at, legend_above_bars
 
 PART_COLORS = {
     "parameters": COLORS[0],
@@ -23,17 +15,12 @@ PART_COLORS = {
 Sizes = Mapping[str, Mapping[str, float]]  # {name of a strategy or rank: {part: bytes}}
 
 
-def memory_bars(
-    ax: Axes, measured: Sizes, formula: Sizes | None = None, limit: float | None = None
-) -> None:
-    """Draw the bytes of each part of the memory as a stacked bar, the formula's below, hatched.
-
-    `limit`: bytes that a rank may use, drawn as a line.
-    """
+def memory_bars(ax: Axes, measured: Sizes, formula: Sizes | None = None) -> None:
+    """Draw the bytes of each part of the memory as a stacked bar, the formula's below, hatched."""
     formula = formula or {}
     names = list(dict.fromkeys([*measured, *formula]))
     totals = [sum(sizes.values()) for sizes in (*measured.values(), *formula.values())]
-    widest = max([1.0, limit or 0.0, *totals])
+    widest = max([1.0, *totals])
     unit, name_of_unit = byte_unit(widest)
     height = 0.36 if formula else 0.6
     for number, bars in enumerate((measured, formula)):
@@ -50,9 +37,6 @@ def memory_bars(
         ax.barh(0, 0, color=color, label=part)
     if formula:
         ax.barh(0, 0, color="white", label="formula", **{**_look(True), "edgecolor": "gray"})
-    if limit:
-        ax.axvline(limit / unit, color=PREDICTED, linestyle="--")
-        label_at(ax, "limit", limit / unit, -0.7, offset=4)
     ax.set_yticks(range(len(names)), names)
     lowest = max(len(names), 2) - 0.4
     ax.set(xlim=(0, 1.2 * widest / unit), ylim=(lowest, -0.8 - 0.1 * lowest))

@@ -39,14 +39,6 @@ def test_the_formula_is_next_to_the_measurement_of_the_same_name(ax):
     assert "formula" in texts(ax)
 
 
-def test_a_limit_is_a_line_inside_the_axes(ax):
-    plots.memory_bars(ax, {"one rank": ONE}, limit=100 * MIB)
-    render(ax)
-    [line] = ax.lines
-    assert list(line.get_xdata()) == [100, 100] and ax.get_xlim()[1] > 100
-    assert "limit" in texts(ax)
-
-
 def test_nothing_measured_yet_draws_an_empty_picture(ax):
     plots.memory_bars(ax, {})
     render(ax)
