@@ -39,7 +39,7 @@ class ByValue:
 
 
 def restore(code):
-    """The object, in the other process."""
+    """Build the object again in the other process."""
     return ByValue(pickle.loads(code))
 
 

@@ -89,7 +89,7 @@ TASKS["06.1"] = Task(
 
 
 def collate(samples):
-    """One uint8 tensor (N, 3, size, size) and one int64 tensor (N,) of a list of samples.
+    """From a list of samples: (uint8 tensor (N, 3, size, size), int64 tensor (N,) of labels).
 
     A sample is (uint8 array (size, size, 3), label).
     """
@@ -139,7 +139,7 @@ TASKS["06.2"] = Task(
     run=run_collate,
     hints=[
         "First make a list of the arrays and a list of the labels. `np.stack(arrays)` makes one "
-        "array with a new first axis, (N, size, size, 3). Then go from NumPy to PyTorch.",
+        "array with a new first axis, (N, size, size, 3). Then make tensors of both lists.",
         "`permute` changes the order of the axes: the new axis 1 is the old axis 3. The numbers "
         "stay where they are in memory, so call `.contiguous()` to copy them into the new order.",
     ],
@@ -386,10 +386,10 @@ TASKS["06.4"] = Task(
         "takes the memory of a whole epoch. Only `ahead` of them may wait: limit the queue.",
         error_is_lost: "The loader raised an error in the thread, and the training waits "
         "indefinitely for the next batch. Send the error through the queue.",
-        error_ends_the_epoch: "The loader's error ended the epoch without a word. Raise it in the "
-        "training.",
-        no_end: "The batches have ended, but the training still waits. Put a sign for the end "
-        "into the queue.",
+        error_ends_the_epoch: "The loader's error ended the epoch without a message. Raise it in "
+        "the generator.",
+        no_end: "The batches have ended, but the training still waits. Put a pair that means the "
+        "end into the queue.",
     },
 )
 
@@ -570,7 +570,8 @@ TASKS["06.7"] = Task(
 def random_box(dataset, width):
     """(left, top, right, bottom) of a random square of `dataset.size` pixels.
 
-    The picture is `width` pixels wide and high. All workers, and all epochs, draw other numbers.
+    The picture is `width` pixels wide and high. The numbers differ from worker to worker, and from
+    epoch to epoch.
     """
     size = dataset.size
     left, top = torch.randint(0, width - size + 1, (2,)).tolist()
