@@ -1,6 +1,6 @@
-"""Exercises: compare a learner's answer or function with the expected one, and print both.
+"""Tasks: compare a function that the learner writes with the reference, and print what differs.
 
-The functions that `build` tests are defined in notebooks/solutions/NUMBER_*.py, one file a lesson:
+The tasks are defined in notebooks/solutions/NUMBER_*.py, one file a lesson:
 TASKS = {"12.1": Task(...), ...}.
 """
 
@@ -24,51 +24,6 @@ TIMEOUT = "did not finish"  # part of the error when ranks wait for each other
 INDENT = "\n  "
 
 _hints_printed: Counter[str] = Counter()
-
-
-def report(exercise: str, cases: Iterable[tuple[str, Any, Any]]) -> bool:
-    """Print one line per case and a verdict. Returns whether all cases are correct.
-
-    `cases`: (description, expected value, learner's value).
-    """
-    lines = []
-    solved = True
-    for description, expected, got in cases:
-        correct = _matches(expected, got)
-        solved &= correct
-        values = f"expected {format_value(expected)}, got {format_value(got)}"
-        lines.append(f"{'ok   ' if correct else 'wrong'}  {description}: {values}")
-    print(f"Exercise {exercise}: {'solved.' if solved else 'not yet.'}", *lines, sep="\n")
-    return solved
-
-
-def answer(exercise: str, expected: Any, got: Any) -> bool:
-    """Check a single number, word, or tensor."""
-    return report(exercise, [("your answer", expected, got)])
-
-
-def function(exercise: str, spec: Callable, got: Callable, inputs: Iterable[tuple]) -> bool:
-    """Compare the learner's function with `spec` on the same `inputs` (tuples of arguments)."""
-    cases = []
-    for arguments in inputs:
-        try:
-            value = got(*arguments)
-        except Exception as error:  # a wrong answer, printed like any other
-            value = error
-        description = "for " + ", ".join(map(format_value, arguments))
-        cases.append((description, spec(*arguments), value))
-    return report(exercise, cases)
-
-
-def _matches(expected: Any, got: Any) -> bool:
-    atol = 1e-6
-    if hasattr(expected, "detach") and hasattr(got, "detach"):
-        got = got.to(expected.dtype)
-        atol = 1e-4
-    return not difference(expected, got, 1e-3, atol)
-
-
-# Functions that the learner writes
 
 
 def build(task_id: str, function: Callable) -> Callable:

@@ -58,8 +58,6 @@ def format_value(value: Any) -> str:
         text = f"[{', '.join(map(format_value, value))}]"
     elif isinstance(value, float):
         text = f"{value:.6g}"
-    elif isinstance(value, Exception):
-        text = f"{type(value).__name__}: {value}"
     elif value is ...:
         text = "nothing yet (...)"
     else:
