@@ -24,7 +24,7 @@ def random_seconds(count, shortest=0.01):
 
 
 class Device:
-    """A computed GPU with one stream, which still works on earlier kernels at the start."""
+    """A simulated GPU with one stream, which still works on earlier kernels at the start."""
 
     def __init__(self):
         self.now = 0.0
@@ -143,7 +143,8 @@ class Reads(TorchDispatchMode):
 def train_and_report(model, optimizer, batches):
     """Train one step on each batch. Return (mean loss, lowest loss), as Python numbers.
 
-    Read numbers from the device at the end only, and at most two of them.
+    Read numbers from the device at the end only, and at most two of them. `torch.stack(tensors)`
+    makes one tensor of a list of tensors.
     """
     losses = []
     for images, labels in batches:
@@ -220,8 +221,8 @@ TASKS["07.2"] = Task(
         "which of two values is smaller.",
         "Keep the losses on the device: put `loss.detach()` into a list. (`detach` frees the "
         "graph of the step, which would keep its activations in memory.)",
-        "After the loop, `torch.stack` makes one tensor of the list. It has a mean and a minimum, "
-        "and each of the two is read once.",
+        "After the loop, `torch.stack` makes one tensor of the list. Compute its mean and its "
+        "minimum on the device, with `.mean()` and `.min()`. Read each of them once.",
     ],
     mistakes={
         as_in_the_lesson: "There are two reads in each step: `.item()`, and the comparison in "
@@ -239,7 +240,7 @@ TASKS["07.2"] = Task(
 
 
 def pipelined_seconds(first, second):
-    """The seconds until two stages have finished that work at the same time.
+    """The seconds until two stages, which work at the same time, have both finished.
 
     `first[i]` and `second[i]` are the seconds that item i needs in each stage. Both stages take one
     item after the other. The second stage starts item i when the first stage has finished item i,
@@ -278,7 +279,7 @@ TASKS["07.3"] = Task(
     hints=[
         "Keep two numbers: when the first stage has finished its latest item, and when the second "
         "stage has.",
-        "The first stage never waits, so its number only grows by the seconds of each item.",
+        "The first stage never waits: add the seconds of each item to its number.",
         "The second stage starts at the later one of two times: when the item arrives, and when "
         "it has finished the item before.",
     ],
@@ -446,9 +447,9 @@ TASKS["07.5"] = Task(
 
 
 def choose_batch(rates):
-    """The smallest batch size whose images/s are at least 90% of the best: {batch size: images/s}.
+    """The smallest batch size that reaches at least 90% of the highest images/s.
 
-    The images/s of a batch that did not fit into memory are None.
+    `rates` is {batch size: images/s}, with None for a batch that did not fit into memory.
     """
     fitting = {batch: rate for batch, rate in rates.items() if rate is not None}
     best = max(fitting.values())
@@ -502,10 +503,10 @@ def read_trace(launches, kernels):
     """Read a trace of one stream: (idle share of the GPU, "launch-bound" or "GPU-bound").
 
     `kernels[i]` is (start, end) of kernel i, and `launches[i]` of the call that launched it. The
-    share is the time without a kernel, divided by the time from the start of the first kernel to
-    the end of the last one. A kernel is late if the kernel before had ended when its launch ended:
-    the GPU had nothing to do. "launch-bound": more than half of the kernels after the first one
-    are late.
+    idle share is the time without a kernel, divided by the time from the start of the first kernel
+    to the end of the last one. Kernel i is late if launch i ends when kernel i - 1 has already
+    ended: until then, the GPU has nothing to do. The step is "launch-bound" if more than half of
+    the kernels after the first one are late.
     """
     idle, late = 0.0, 0
     for number in range(1, len(kernels)):
@@ -564,7 +565,7 @@ TASKS["07.7"] = Task(
         "Go through the kernels from the second one on. You need the end of the kernel before.",
         "The gap before a kernel is its start minus the end of the kernel before. Add up the gaps, "
         "and count the late kernels in the same loop.",
-        "A kernel is late if the end of its launch is not before the end of the previous kernel.",
+        "A kernel is late if its launch does not end before the previous kernel ends.",
     ],
     mistakes={
         from_the_start_of_the_trace: "You started at the first launch. Start when the first "
@@ -634,7 +635,7 @@ TASKS["07.8"] = Task(
 
 
 class Stream:
-    """A computed stream. Two buffers: batch i is in buffer i % 2."""
+    """A simulated stream. Two buffers: batch i is in buffer i % 2."""
 
     def __init__(self, log, seconds):
         self.log = log
