@@ -68,7 +68,7 @@ def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_points(lab, ope
 
 
 def test_a_pipeline_follows_its_sliders_and_strategies_run_side_by_side(lab, open_lesson):
-    endless = ("width=4, batch_size=32, steps=4", "width=4, batch_size=32, steps=4000")
+    endless = ("base.replace(steps=steps)", "base.replace(steps=4000)")
     page, panel = open_panel(
         lab, open_lesson, "14_model_parallel", "widgets.TrainingPanel(", endless
     )
