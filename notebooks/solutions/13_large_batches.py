@@ -592,7 +592,7 @@ TASKS["13.8"] = Task(
 
 
 def speedup_to_accuracy(ours, baseline, target):
-    """How many times faster `ours` reaches the target than `baseline`: the median over the seeds.
+    """The speedup of `ours` over `baseline` in time to accuracy: the median over the seeds.
 
     Both are lists with a run for each seed, in the same order. A run has three lists: "seconds",
     "train" (accuracy on training images) and "held out" (accuracy on held-out images). For each
