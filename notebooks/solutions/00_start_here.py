@@ -9,7 +9,7 @@ from cnnlab.check import Task
 
 
 def speedup(before, after):
-    """How many times faster a program has become. `before` and `after` are its times in seconds."""
+    """Return how many times faster a program has become."""
     return before / after
 
 
