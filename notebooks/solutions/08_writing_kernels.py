@@ -293,13 +293,13 @@ TASKS["08.4"] = Task(
         "All threads must have loaded their elements before any of them reads the tile. Which call "
         "is a barrier for the threads of a block?",
         "The barrier is one line, `cuda` followed by `.syncthreads()`. All threads of the block "
-        "must reach it, also those that have no pixel.",
+        "must reach it, even those that have no pixel.",
     ],
     mistakes={
         no_barrier: "The threads use the tile before the others have filled it. Between the two, "
         "all must wait for each other.",
         barrier_for_some: "The threads without a pixel never reach the barrier, and on a GPU the "
-        "others may wait indefinitely. Put it where all threads come by.",
+        "others may wait indefinitely. Put it where all threads reach it.",
         tile_not_used: "The output is right, but each thread reads all its pixels from global "
         "memory. Use the tile.",
     },
@@ -480,7 +480,7 @@ def autotune(cache, problem, configurations, seconds):
     """The fastest configuration for a problem. Measure only if the problem is not in `cache`.
 
     `cache` is {problem: its fastest configuration}: add what you find. `seconds(configuration)`
-    measures one. It raises RuntimeError if the device cannot run it; then ignore it.
+    measures one. It raises RuntimeError if the device cannot run it; then skip this one.
     """
     if problem not in cache:
         measured = {}
@@ -631,7 +631,7 @@ def photo_bytes(height, width, size, threads):
     """Bytes of the photo that all blocks together read: (without a tile, with a tile).
 
     The output has height x width pixels, the weights size x size, a block (across, down) threads,
-    one for each pixel. A number has 4 bytes. With a tile, each block reads the whole tile, also a
+    one for each pixel. A number has 4 bytes. With a tile, each block reads the whole tile, even a
     block at the edge of the image.
     """
     across, down = count_blocks(width, height, threads)
@@ -691,7 +691,8 @@ def bias_relu(x, bias, output, channels, pixels, block: tl.constexpr):
 
     `x` and `output` have channels x pixels numbers, the channels one after the other; `bias` has a
     number for each channel. Program n computes the `block` numbers from n * block on. A block may
-    contain numbers of several channels. `tl.maximum(a, b)` is the larger one.
+    contain numbers of several channels, and the last one reaches beyond the end. `tl.maximum(a, b)`
+    is the larger one of two numbers.
     """
     place = tl.program_id(0) * block + tl.arange(0, block)
     inside = place < channels * pixels
