@@ -112,9 +112,9 @@ class Hosts:
         names = {path.name for path in FOLDER.glob("*.py")}
         rest = [FOLDER / word if word in names else word for word in command[1:]]
         words = [*launcher, "2", *limit, "--", *programs[command[0]], *rest]
-        settings = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "USE_LIBUV": "0"}
-        if os.name == "posix":
-            del settings["USE_LIBUV"]  # PyTorch for Windows is built without libuv.
+        settings = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        if os.name == "nt":
+            settings["USE_LIBUV"] = "0"  # PyTorch for Windows is built without libuv.
         settings["PORT"] = "29400" if self.virtual else str(_free_port())
         # Without it, restarted ranks find the addresses of dead ones (pytorch issue 135712).
         settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
