@@ -10,6 +10,7 @@ from cnnlab.parallel.pipeline_schedule import (
     stages_per_rank,
 )
 from cnnlab.plots.style import PHASES, Axes, Runs, legend_above_bars, round_up
+from cnnlab.plots.timeline import seconds_per_step
 
 TEXT_COLORS = {"forward": "black", "backward": "white"}
 
@@ -29,13 +30,13 @@ def schedule_diagram(ax: Axes, runs: Runs) -> None:
         return
     schedule, ranks, count = recipe.pipeline_schedule, recipe.stages, recipe.micro_batches
     latest = {event.rank: event.spans for event in events if isinstance(event, Progress)}
-    measured = [latest.get(rank) for rank in range(ranks)]  # of the first replica
+    measured = [seconds_per_step(latest.get(rank, [])) for rank in range(ranks)]  # first replica
     times = {"forward": [1.0] * ranks, "backward": [2.0] * ranks}  # of a micro-batch, each rank
     title = f"bubble: formula {equal_stages_bubble(schedule, ranks, count):.0%}"
     ax.set_xlabel("time, if all stages were equal")
     if all(measured):
         for phase in times:
-            times[phase] = [1000 * _seconds_per_step(spans, phase) / count for spans in measured]
+            times[phase] = [1000 * step[phase] / count for step in measured]
         ax.set_xlabel("milliseconds, simulated")
     held = stages_per_rank(schedule)
     forward, backward = ([time / held for time in own] * held for own in times.values())
@@ -68,15 +69,8 @@ def _draw_boxes(ax, boxes, ranks):
     legend_above_bars(ax, 2)
 
 
-def _seconds_per_step(spans, phase):
-    steps = sum(name == "waiting" for name, _, _ in spans)
-    return sum(end - begin for name, begin, end in spans if name == phase) / steps
-
-
 def _measured_bubble(ranks):
     """The share of waiting for other ranks in the time without loading and updates."""
-    waiting, forward, backward = (
-        sum(_seconds_per_step(spans, phase) for spans in ranks)
-        for phase in ("exposed", "forward", "backward")
-    )
-    return waiting / (waiting + forward + backward)
+    waiting = sum(step["exposed"] for step in ranks)
+    computing = sum(step["forward"] + step["backward"] for step in ranks)
+    return waiting / (waiting + computing)

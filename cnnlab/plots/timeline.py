@@ -1,5 +1,7 @@
 """Where the time of a training step goes: a timeline of the ranks, and the parts of a step."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cnnlab.events import Finished, Progress, Started
@@ -74,16 +76,20 @@ def _step_parts(events):
             parts = (event.compute_s, event.waiting_s, event.communication_s)
             return [1000 * (seconds or 0.0) for seconds in parts]
         if isinstance(event, Progress) and event.rank == 0:
-            return _parts_of_spans(event.spans)
+            seconds = seconds_per_step(event.spans)
+            if not seconds:
+                return None
+            compute = seconds["forward"] + seconds["backward"] + seconds["update"]
+            return [1000 * part for part in (compute, seconds["waiting"], seconds["exposed"])]
     return None
 
 
-def _parts_of_spans(spans):
+def seconds_per_step(spans: Sequence) -> dict[str, float]:
+    """The mean seconds of each phase in a step; {} if no step is complete."""
     steps = sum(phase == "waiting" for phase, _, _ in spans)
     if steps == 0:
-        return None
+        return {}
     seconds = dict.fromkeys(PHASES, 0.0)
     for phase, begin, end in spans:
-        seconds[phase] += end - begin
-    compute = seconds["forward"] + seconds["backward"] + seconds["update"]
-    return [1000 * part / steps for part in (compute, seconds["waiting"], seconds["exposed"])]
+        seconds[phase] += (end - begin) / steps
+    return seconds
