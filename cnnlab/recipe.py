@@ -137,11 +137,12 @@ def changes(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
 def _check_names(names: Iterable[str]) -> None:
     for name in names:
         if name not in FIELD_TYPES:
-            hint = _suggest(name, FIELD_TYPES) or f" Choose one of {', '.join(FIELD_TYPES)}."
+            hint = suggest(name, FIELD_TYPES) or f" Choose one of {', '.join(FIELD_TYPES)}."
             raise CnnlabError(f"a recipe has no field {name!r}.{hint}")
 
 
-def _suggest(name: str, allowed: Iterable[str | None]) -> str:
+def suggest(name: str, allowed: Iterable[str | None]) -> str:
+    """A sentence with the most similar of the allowed names, or nothing."""
     close = difflib.get_close_matches(name, [choice for choice in allowed if choice], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -151,7 +152,7 @@ def _check_field(name: str, value: Any) -> None:
     options = get_args(kind)  # the choices of a Literal; (int, NoneType) of int | None
     if get_origin(kind) is Literal:
         if value not in options:
-            fix = f"Choose one of {', '.join(map(str, options))}.{_suggest(str(value), options)}"
+            fix = f"Choose one of {', '.join(map(str, options))}.{suggest(str(value), options)}"
             raise CnnlabError(f"{name}={value!r} is not allowed. {fix}")
     elif kind is bool:
         if not isinstance(value, bool):

@@ -18,7 +18,7 @@ import cloudpickle
 from cnnlab.data import datasets
 from cnnlab.events import Event, Failed, Restarted
 from cnnlab.launch import failures, processes, worker
-from cnnlab.launch.backends import Backend, check_backend
+from cnnlab.launch.backends import Backend, check_backend, select_backend
 from cnnlab.launch.failures import Message, RankError
 from cnnlab.launch.processes import RANK_NAME, Env, prewarm
 from cnnlab.launch.worker import train_rank
@@ -52,11 +52,7 @@ def run(
         raise CnnlabError(f"max_restarts={max_restarts!r} is not allowed. Use an integer >= 0.")
     if checkpoints:  # Ranks may have another working directory.
         checkpoints = str(Path(checkpoints).expanduser().resolve())
-    worker.check_runnable(recipe, checkpoints)
-    datasets.download(recipe)  # Once, before the ranks need the files.
-    backend = None
-    if recipe.ranks > 1 or recipe.strategy == "ddp":
-        backend = worker.select_backend(recipe, recipe.ranks)
+    backend = prepare_run(recipe, checkpoints)
     for attempt in range(1, max_restarts + 2):
         failed = None
         args = (recipe, checkpoints)
@@ -70,6 +66,15 @@ def run(
         if failed is None:
             return
         yield Restarted(rank=failed.rank, error=failed.error, attempt=attempt)
+
+
+def prepare_run(recipe: Recipe, checkpoints: str | Path | None = None) -> str | None:
+    """Check that the recipe can run here, download its data, and return its ranks' backend."""
+    worker.check_runnable(recipe, checkpoints)
+    datasets.download(recipe)  # Once, before the ranks need the files.
+    if recipe.ranks == 1 and recipe.strategy != "ddp":
+        return None
+    return select_backend(recipe, recipe.ranks)
 
 
 def ranks(

@@ -32,7 +32,6 @@ from cnnlab.data.loader import system_limit_error
 from cnnlab.events import Event
 from cnnlab.launch import output
 from cnnlab.launch.backends import join_process_group, join_under_torchrun
-from cnnlab.launch.backends import select_backend as select_backend  # for the other layers
 from cnnlab.launch.failures import Kind, Message, enable_stack_dumps
 from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training import checkpoint, techniques

@@ -22,7 +22,7 @@ from cnnlab.measure.profile import Profile, profile_rank, sees_gpu, stream_profi
 from cnnlab.measure.profile_events import is_arithmetic
 from cnnlab.measure.techniques import TECHNIQUES, Changes
 from cnnlab.model import build
-from cnnlab.recipe import MODEL_PARALLEL_FIELDS, CnnlabError, Recipe
+from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training import techniques
 from cnnlab.training.loop import make_optimizer
 from cnnlab.values import full_or_quick
@@ -112,13 +112,11 @@ def explain(
     recipe: Recipe,
     repeats: int | None = None,
     stop: threading.Event | None = None,
-    folder: str | Path | None = None,
 ) -> Explanation | None:
     """Run the recipe `repeats` times, profile it once, and explain its speed.
 
     `repeats` is 3 by default, or 1 in quick mode. Each run takes STEPS steps after its
-    warm-up, in fresh processes. `folder`: of the trace file. Returns None if `stop` was set
-    meanwhile.
+    warm-up, in fresh processes. Returns None if `stop` was set meanwhile.
     """
     if recipe.device != "cpu" and not sees_gpu():
         raise CnnlabError("torch's profiler does not see this GPU's kernels. Use device='cpu'.")
@@ -129,17 +127,8 @@ def explain(
         if slowest is None:
             return None
         finished.append(slowest)
-    results = list(stream_profile(_profile_and_count, timed, STEPS, folder, stop))
+    results = list(stream_profile(_profile_and_count, timed, STEPS, stop=stop))
     return _make_explanation(timed, finished, *results[0]) if results else None
-
-
-def single_rank_recipe(recipe: Recipe) -> Recipe:
-    """One rank's share of the recipe's work, without the other ranks."""
-    share = recipe.batch_size // recipe.replicas
-    threads = recipe.threads or max(1, machine.cores() // recipe.ranks)
-    alone = {name: getattr(Recipe, name) for name in MODEL_PARALLEL_FIELDS}
-    alone |= {"replicas": 1, "strategy": None}
-    return recipe.replace(**alone, batch_size=share, threads=threads)
 
 
 def _profile_and_count(
@@ -147,11 +136,11 @@ def _profile_and_count(
 ) -> Iterator[tuple[Finished, Profile, dict]]:
     """Of rank 0: what `profile_rank` yields, and the figures of its `Explanation`."""
     for finished, profile in profile_rank(rank, world, recipe, trace_file):
-        share = single_rank_recipe(recipe)
         size, mib = (1024, 64) if recipe.device == "cpu" else (8192, 256)
-        peak, _, _ = peaks.peak_flops(recipe.precision, recipe.device, share.threads, size)
-        copied, _, _ = peaks.copy_bandwidth(recipe.device, share.threads, mib)
-        counted = count_flops_and_bytes(share)
+        threads = torch.get_num_threads()
+        peak, _, _ = peaks.peak_flops(recipe.precision, recipe.device, threads, size)
+        copied, _, _ = peaks.copy_bandwidth(recipe.device, threads, mib)
+        counted = count_flops_and_bytes(recipe)
         figures = {name: number // recipe.model_ranks for name, number in counted.items()}
         yield finished, profile, {**figures, "peak_flops": peak, "peak_copy": copied}
 
@@ -170,11 +159,12 @@ class BytesMoved(TorchDispatchMode):
 
 
 def count_flops_and_bytes(recipe: Recipe) -> dict[str, int]:
-    """`flops` of arithmetic and bytes `moved` by all other operations in one eager step."""
+    """`flops` of arithmetic and bytes `moved` by the rest in one eager step of one replica."""
     channels, size, classes = shape = datasets.load(recipe).shape
     network = build(recipe, shape).to(recipe.device)
-    images = torch.randn(recipe.batch_size, channels, size, size, device=recipe.device)
-    labels = torch.randint(classes, (recipe.batch_size,), device=recipe.device)
+    count = recipe.batch_size // recipe.replicas
+    images = torch.randn(count, channels, size, size, device=recipe.device)
+    labels = torch.randint(classes, (count,), device=recipe.device)
     optimizer, _ = make_optimizer(recipe, network, recipe.steps or 1)
     with FlopCounterMode(display=False) as flops, BytesMoved() as moved:
         with techniques.autocast(recipe):

@@ -13,7 +13,6 @@ from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cnnlab.data import datasets
 from cnnlab.events import Failed
 from cnnlab.launch import launcher, worker
 from cnnlab.measure.memory_formula import PARTS
@@ -51,11 +50,11 @@ def measure_ranks(
     recipe: Recipe, stop: launcher.Stop = None, fake: bool = False
 ) -> list[tuple[dict[str, int], float]]:
     """What `measure_memory` and `bytes_sent` say of each rank, from one run."""
-    worker.check_runnable(recipe)
-    datasets.download(recipe)
+    backend = launcher.prepare_run(recipe)
     steps = max(2, recipe.sync_every) if recipe.strategy == "local-sgd" else 2
-    backend = None if fake else worker.select_backend(recipe, recipe.ranks)
-    args, world = (recipe, steps, fake), 1 if fake else recipe.ranks
+    args, world = (recipe, steps, fake), recipe.ranks
+    if fake:
+        backend, world = None, 1
     found = {}
     for event in launcher.stream(_measure_rank, args, world, stop, backend=backend):
         if not isinstance(event, Failed):  # a RankError follows a Failed

@@ -1,6 +1,5 @@
 """The predictor: how fast training would be on a cluster that is described on paper."""
 
-import difflib
 import math
 from numbers import Integral, Real
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cnnlab.measure import cost_models
-from cnnlab.recipe import CnnlabError
+from cnnlab.recipe import CnnlabError, suggest
 
 MIB = 2**20
 GBIT = 1e9 / 8  # bytes
@@ -203,9 +202,8 @@ def check_spec(spec: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             raise CnnlabError(f"{name}={value!r} is not allowed. Use an object.")
     for name in [*given, *REQUIRED]:
         if name not in allowed:
-            close = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Use {', '.join(allowed)}."
-            raise CnnlabError(f"a spec has no field {name!r}. {hint}")
+            hint = suggest(name, allowed) or f" Use {', '.join(allowed)}."
+            raise CnnlabError(f"a spec has no field {name!r}.{hint}")
         if name not in given:
             raise CnnlabError(f"the spec has no {name}. Add it: {allowed[name][0]}.")
         _check(name, given[name], *allowed[name])

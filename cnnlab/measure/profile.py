@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity
 
-from cnnlab.data import datasets
 from cnnlab.events import Finished, Progress
 from cnnlab.launch import launcher, worker
 from cnnlab.measure.profile_events import Span, find_steps, make_lanes, sorted_events
@@ -64,19 +63,13 @@ class Profile:
         return "\n".join(lines)
 
 
-def profile(
-    recipe: Recipe,
-    steps: int = 10,
-    folder: str | Path | None = None,
-    stop: threading.Event | None = None,
-) -> Profile | None:
+def profile(recipe: Recipe, steps: int = 10, folder: str | Path | None = None) -> Profile:
     """Train in fresh processes and profile rank 0 for `steps` steps after the warm-up.
 
     The trace file is written to a new folder in `folder`, by default the one for temporary files.
-    Returns None if `stop` was set meanwhile.
     """
-    results = list(stream_profile(profile_rank, recipe, steps, folder, stop))
-    return results[0][1] if results else None
+    [(_, found)] = stream_profile(profile_rank, recipe, steps, folder)
+    return found
 
 
 def stream_profile(
@@ -88,14 +81,12 @@ def stream_profile(
 ) -> Iterator[Any]:
     """Yield what function(rank, world, recipe, trace_file) yields in the ranks of the recipe."""
     recipe = recipe.replace(steps=recipe.warmup_steps + steps, evaluate=False)
-    worker.check_runnable(recipe, None)
-    datasets.download(recipe)
-    parallel = recipe.ranks > 1 or recipe.strategy == "ddp"
-    backend = worker.select_backend(recipe, recipe.ranks) if parallel else None
+    backend = launcher.prepare_run(recipe)
     name = f"{recipe.model}-batch{recipe.batch_size}-{recipe.device}.json.gz"
-    trace_file = Path(tempfile.mkdtemp(prefix="cnnlab-profile-", dir=folder)) / name
-    arguments = (recipe, trace_file)
-    yield from launcher.stream(function, arguments, recipe.ranks, stop, backend=backend)
+    parent = Path(folder or tempfile.gettempdir()).expanduser().resolve()
+    parent.mkdir(parents=True, exist_ok=True)
+    trace_file = Path(tempfile.mkdtemp(prefix="cnnlab-profile-", dir=parent)) / name
+    yield from launcher.stream(function, (recipe, trace_file), recipe.ranks, stop, backend=backend)
 
 
 def profile_rank(

@@ -84,7 +84,7 @@ def make_lanes(events: Sequence[Any]) -> tuple[dict[str, list[Span]], list[tuple
     threads: dict[int, int] = {}
     on_device = [event for event in events if event.device_type != DeviceType.CPU]
     base = "CPU launches" if on_device else "CPU thread"
-    leaves = []
+    leaves: list[tuple[str, float]] = []
     for event in events:
         if event.device_type != DeviceType.CPU:
             continue
