@@ -45,6 +45,7 @@ EXPECTED = {  # patterns that a lesson must print
     "09": ["GPU"],
     "10": [r"C\+\+ compiler|g\+\+", "GPU"],
     "11": ["JAX is not installed", r"g\+\+"],
+    "12": ["There are not two GPUs"],
     "15": ["Virtual hosts are not available", "is simulated"],
 }
 LESSONS = [path for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if path.name[:2] in EXPECTED]
