@@ -29,8 +29,8 @@ def decode(pattern, exponent_bits):
     """The number that a pattern of bits means, such as "0011110000000000".
 
     The first bit is the sign, then come the exponent and the fraction, which has all other bits.
-    The bias is 2 ** (exponent_bits - 1) - 1. Infinity and NaN do not occur, subnormals do.
-    `int("0110", 2)` is 6.
+    The bias is 2 ** (exponent_bits - 1) - 1. Subnormal numbers occur; infinity and NaN ("not a
+    number") do not. `int("0110", 2)` is 6.
     """
     fraction_bits = len(pattern) - 1 - exponent_bits
     bias = 2 ** (exponent_bits - 1) - 1
@@ -219,9 +219,10 @@ TASKS["09.3"] = Task(
 def scaled_step(model, optimizer, loss, scale):
     """Backward pass and update with loss scaling. Return whether the update was made.
 
-    Multiply the loss by `scale`, and compute the gradients. Divide all gradients by `scale`. If all
-    of them are finite, which means neither infinite nor NaN, call `optimizer.step()` and return
-    True. Otherwise skip the update and return False.
+    Multiply the loss by `scale`, and compute the gradients. Divide the gradient of each parameter,
+    `parameter.grad`, by `scale`. If all numbers in all gradients are finite, which means neither
+    infinite nor NaN, call `optimizer.step()` and return True. Otherwise skip the update and return
+    False. `tensor.isfinite()` is True or False for each number.
     """
     (loss * scale).backward()
     for parameter in model.parameters():
@@ -712,7 +713,7 @@ TASKS["09.10"] = Task(
     hints=[
         "There are three mistakes. Compare the loop with the picture of mixed precision: which "
         "steps are missing, and which one is in the wrong place?",
-        "The norm of gradients that are still scaled says nothing. `GradScaler` has a method, "
+        "The norm of gradients that are still scaled is too large. `GradScaler` has a method, "
         "with a _ at the end of its name, that divides them in place.",
         "In each round: forward pass and loss with autocast; the context ends; backward pass; "
         "divide; clip; step; let the scaler choose the next scale; clear.",
