@@ -20,7 +20,7 @@ TASKS = {}
 
 
 def pays(speedups):
-    """Whether the whole 95% confidence interval of the mean speedup is above 1."""
+    """Return True if the whole 95% confidence interval of the mean speedup is above 1."""
     logs = np.log(speedups)
     n = len(logs)
     half = t.ppf(0.975, n - 1) * logs.std(ddof=1) / np.sqrt(n)
@@ -33,6 +33,7 @@ def speedups():
     yield ([1.02, 1.30, 1.25],)  # all above 1, and no proof
     yield ([0.99, 1.04, 1.05, 1.06, 1.05, 1.04],)  # one below 1, and a proof
     yield ([0.80, 0.81, 0.79],)
+    yield ([5.0, 0.2] * 7,)  # they cancel out
 
 
 def mean_above_one(speedups):
@@ -41,6 +42,18 @@ def mean_above_one(speedups):
 
 def all_above_one(speedups):
     return all(speedup > 1 for speedup in speedups)
+
+
+def lower_end_above_one(speedups):
+    """Of the logarithms."""
+    logs = np.log(speedups)
+    half = t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+    return bool(logs.mean() - half > 1)
+
+
+def without_logarithms(speedups):
+    half = t.ppf(0.975, len(speedups) - 1) * np.std(speedups, ddof=1) / np.sqrt(len(speedups))
+    return bool(np.mean(speedups) - half > 1)
 
 
 def interval_of_single_runs(speedups):
@@ -59,12 +72,14 @@ TASKS["16.1"] = Task(
         "not forget to divide s by the square root of n.",
     ],
     mistakes={
+        without_logarithms: "Without logarithms, speedups of 5 and 0.2 do not cancel out.",
         interval_of_single_runs: "This interval is too wide: it is the one of a single run. The "
         "mean of n runs varies less, by a factor of sqrt(n).",
         all_above_one: "It does not count how many speedups are above 1, but where the interval "
         "of their mean is.",
         mean_above_one: "The mean is above 1, but the interval is not. With this spread, the gain "
         "may be luck.",
+        lower_end_above_one: "A logarithm above 0 means a speedup above 1.",
     },
 )
 
@@ -139,6 +154,16 @@ def keeps_everything(baseline, techniques, measure, pays):
     return below
 
 
+def changes_the_baseline(baseline, techniques, measure, pays):
+    below = baseline
+    for change in techniques.values():
+        candidate = below
+        candidate.update(change)
+        if pays(measure(below, candidate)):
+            below = candidate
+    return below
+
+
 def stops_at_the_first_loss(baseline, techniques, measure, pays):
     below = baseline
     for change in techniques.values():
@@ -161,6 +186,8 @@ TASKS["16.2"] = Task(
     mistakes={
         each_against_the_baseline: "Compare the candidate with the rung below, not with the "
         "baseline: what paid alone may not pay on top of other techniques.",
+        changes_the_baseline: "`update` changes the dictionary itself, so `baseline` changes, too. "
+        "Make a new dictionary for each candidate.",
         keeps_everything: "A technique that does not pay was kept.",
         stops_at_the_first_loss: "Continue after a technique that does not pay: later ones may "
         "still pay.",
@@ -172,7 +199,7 @@ TASKS["16.2"] = Task(
 
 
 def verdicts(rungs):
-    """{name: "kept", "slower" or "no significant gain"} for all rungs but the first."""
+    """Return {name: "kept", "slower" or "no significant gain"} for all rungs but the first one."""
     found = {}
     for rung in rungs[1:]:
         if rung["kept"]:
@@ -196,10 +223,8 @@ def made_up_rungs():
 
 
 def lower_end_below_one(rungs):
-    return {
-        rung["name"]: "kept" if rung["kept"] else "slower" if rung["over_below_ci"][0] < 1 else "no"
-        for rung in rungs[1:]
-    }
+    """Of all rungs here that are not kept, the lower end is below 1."""
+    return {rung["name"]: "kept" if rung["kept"] else "slower" for rung in rungs[1:]}
 
 
 def with_the_baseline(rungs):
@@ -216,7 +241,7 @@ TASKS["16.3"] = Task(
     ],
     mistakes={
         lower_end_below_one: "If only the lower end is under 1, the interval contains 1, and the "
-        "runs do not prove that the technique is slower.",
+        "runs do not show that the technique is slower.",
         with_the_baseline: "Leave out the baseline, which is the first rung.",
     },
 )
@@ -226,7 +251,7 @@ TASKS["16.3"] = Task(
 
 
 def speedup_at_the_top(rungs):
-    """The speedup of the highest kept rung over the baseline."""
+    """Return the speedup of the highest kept rung over the baseline."""
     total = 1.0
     for rung in rungs:
         if rung["kept"]:
@@ -276,10 +301,10 @@ TASKS["16.4"] = Task(
 
 
 def steps_to_break_even(compile_s, before_s, after_s):
-    """After how many steps the compiled program has saved as much time as compiling took."""
+    """Return after how many steps the compiled program has saved at least the time of compiling."""
     if after_s >= before_s:
         return float("inf")
-    return math.ceil(compile_s / (before_s - after_s))
+    return int(np.ceil(compile_s / (before_s - after_s)))
 
 
 def compile_times():
@@ -293,6 +318,14 @@ def over_the_compiled_step(compile_s, before_s, after_s):
     return math.ceil(compile_s / after_s)
 
 
+def not_rounded(compile_s, before_s, after_s):
+    return compile_s / (before_s - after_s) if after_s < before_s else float("inf")
+
+
+def rounded_down(compile_s, before_s, after_s):
+    return compile_s // (before_s - after_s) if after_s < before_s else float("inf")
+
+
 def never_infinite(compile_s, before_s, after_s):
     return math.ceil(compile_s / abs(before_s - after_s)) if before_s != after_s else float("inf")
 
@@ -302,12 +335,13 @@ TASKS["16.5"] = Task(
     inputs=compile_times,
     hints=[
         "How much time does one step save? How many such steps make up for the compilation?",
-        "If a step does not save any time, return infinity. Otherwise divide, and round up with "
-        "`math.ceil`.",
+        "If a step does not save any time, return infinity. Otherwise divide, and round up.",
     ],
     mistakes={
         over_the_compiled_step: "This is how many compiled steps take as long as compiling. Divide "
         "by the time that a step saves.",
+        not_rounded: "Round up to a whole number of steps.",
+        rounded_down: "Round up: one step earlier, compiling has not paid yet.",
         never_infinite: "If the compiled step is slower, compiling never pays.",
     },
 )
@@ -317,7 +351,7 @@ TASKS["16.5"] = Task(
 
 
 def unfair_differences(below, candidate, technique):
-    """The names of the fields that differ although the technique does not change them, sorted."""
+    """Return the names of the fields that differ and that the technique does not change, sorted."""
     return sorted(name for name in changes(below, candidate) if name not in technique)
 
 
@@ -355,12 +389,12 @@ TASKS["16.6"] = Task(
 # 16.7: the best of all combinations
 
 
-def best_combination(techniques, images_per_s):
-    """The combination of techniques that trains the most images per second, as a sorted list."""
+def best_combination(techniques, speed):
+    """Return the combination of techniques that trains fastest, as a sorted list of names."""
     best = []
     for count in range(len(techniques) + 1):
         for names in combinations(techniques, count):
-            if images_per_s(list(names)) > images_per_s(best):
+            if speed(list(names)) > speed(best):
                 best = list(names)
     return sorted(best)
 
@@ -394,21 +428,21 @@ def combinations_to_try():
     yield techniques[:3], speed_in_total
 
 
-def one_after_the_other(techniques, images_per_s):
+def one_after_the_other(techniques, speed):
     kept = []
     for name in techniques:
-        if images_per_s([*kept, name]) > images_per_s(kept):
+        if speed([*kept, name]) > speed(kept):
             kept.append(name)
     return sorted(kept)
 
 
-def single_techniques(techniques, images_per_s):
-    return [max(techniques, key=lambda name: images_per_s([name]))]
+def single_techniques(techniques, speed):
+    return [max(techniques, key=lambda name: speed([name]))]
 
 
-def not_all(techniques, images_per_s):
+def not_all(techniques, speed):
     tried = [list(names) for n in range(len(techniques)) for names in combinations(techniques, n)]
-    return sorted(max(tried, key=images_per_s))
+    return sorted(max(tried, key=speed))
 
 
 TASKS["16.7"] = Task(
