@@ -163,6 +163,7 @@ class RacePanel(Panel):
             curves.plot(list(medians), list(medians.values()), "o-", color=color, label=way)
         curves.set(xscale="log", xlabel="batch size", ylabel="images/s (median)", ylim=(0, None))
         curves.set_xticks(self.batches, self.batches)
+        curves.set_xlim(0.7 * self.batches[0], 1.4 * self.batches[-1])
         curves.minorticks_off()
         curves.set_title("all batch sizes so far", fontsize=10)
         curves.legend(frameon=False, loc="upper left")
