@@ -736,8 +736,9 @@ def stochastic_round(values, noise):
     """Round fp32 numbers to bf16, up or down by chance, so that they are right on average.
 
     `values` (n,) in fp32. `noise` (n,) has random integers from 0 to 2**16 - 1, as torch.int32.
-    View the values as integers (torch.int32), add the noise, set the last 16 bits to 0, view the
-    result as fp32 again, and convert it to bf16.
+    View the values as integers, with `values.view(torch.int32)`, and add the noise. Set the last 16
+    bits to 0, as `to_tf32` does with the last 13. View the result as fp32 again, and convert it to
+    bf16.
     """
     whole = values.view(torch.int32) + noise
     return (whole & -(2**16)).view(torch.float32).bfloat16()
@@ -778,7 +779,7 @@ TASKS["09.11"] = Task(
         nearest: "This rounds to the nearest number. Use the noise.",
         toward_zero: "The noise is missing: the last 16 bits are just cut off.",
         bits_not_cleared: "Set the last 16 bits to 0 after adding the noise. Otherwise the "
-        "conversion rounds once more.",
+        "conversion rounds again.",
         integers_converted: "The bits were converted as an integer. View them as fp32 first.",
     },
     rtol=1e-6,
