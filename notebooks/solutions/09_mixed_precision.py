@@ -737,8 +737,7 @@ def stochastic_round(values, noise):
 
     `values` (n,) in fp32. `noise` (n,) has random integers from 0 to 2**16 - 1, as torch.int32.
     View the values as integers, with `values.view(torch.int32)`, and add the noise. Set the last 16
-    bits to 0, as `to_tf32` does with the last 13. View the result as fp32 again, and convert it to
-    bf16.
+    bits to 0 (`to_tf32` does it with 13). View the result as fp32 again, and convert it to bf16.
     """
     whole = values.view(torch.int32) + noise
     return (whole & -(2**16)).view(torch.float32).bfloat16()
