@@ -98,9 +98,6 @@ def doctor_lines(
     here: machine.Machine, peaks: dict[str, float], gpu_peaks: dict[str, float]
 ) -> Iterator[str]:
     """What this machine can do, what it lacks, and why. Peaks: as measured, {} without a GPU."""
-    native = [name for name, found in here.hardware.items() if found]
-    emulated = [name for name, found in here.hardware.items() if found is False]
-    unknown = [name for name, found in here.hardware.items() if found is None]
     gpus = [
         f"{gpu.name} (device={gpu.device!r}, {gpu.memory_gib} GiB, "
         f"capability {gpu.capability or 'unknown'})"
@@ -115,11 +112,11 @@ def doctor_lines(
         "instruction sets": ", ".join(here.units) or "none known",
         "GPUs": "; ".join(gpus) or "none",
         "C++ compiler": here.compiler or "none",
-        "in hardware": ", ".join(native),
-        "emulated": ", ".join(emulated) or "none",
-        "unknown": ", ".join(unknown) or "none",
-        **here.versions,
     }
+    for label, answer in (("in hardware", True), ("emulated", False), ("unknown", None)):
+        names = [name for name, found in here.hardware.items() if found is answer]
+        rows[label] = ", ".join(names) or "none"
+    rows |= here.versions
     for prefix, measured in (("", peaks), ("GPU ", gpu_peaks)):
         for name, value in measured.items():
             if name == "copy":

@@ -1,6 +1,5 @@
 """Runs that measure a GPU: long enough for its speed, with a batch that saturates it."""
 
-from collections.abc import Callable
 from math import ceil
 
 from cnnlab.launch.failures import RankError
@@ -39,17 +38,12 @@ def same_work(below: Measurement, candidate: Measurement, seconds: float) -> lis
     return [train_on(compared, images), train_on(recipe, images)]
 
 
-def saturating_batch(
-    recipe: Recipe, measure: Callable[[Recipe], Measurement | None], seconds: float
-) -> int:
-    """The batch that saturates the device: doubling it would gain less than 10%, or does not fit.
-
-    `measure` runs a recipe once, and returns None when it was stopped.
-    """
+def saturating_batch(recipe: Recipe, seconds: float, options: dict) -> int:
+    """The batch that saturates the device: doubling it would gain less than 10%, or not fit."""
     batch, fastest, candidate = recipe.batch_size, 0.0, recipe
     while True:
         try:
-            found = measure(candidate)
+            found = measure_once(candidate, options)
             if found is None or found.images_per_s[0] < SATURATED * fastest:
                 return batch
             batch, fastest = candidate.batch_size, found.images_per_s[0]

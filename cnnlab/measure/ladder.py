@@ -4,7 +4,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -211,8 +210,7 @@ def _apply_change(recipe: Recipe, change: Changes, seconds: float, options: dict
     """The recipe with a rung's changes, and the most replicas that divide the batch evenly."""
     if "batch_size" in change:
         recipe = recipe.replace(device=change["device"])
-        measure = partial(measure_once, options=options)
-        return recipe.replace(batch_size=saturating_batch(recipe, measure, seconds))
+        return recipe.replace(batch_size=saturating_batch(recipe, seconds, options))
     most = change.get("replicas", recipe.replicas)
     replicas = max(n for n in range(1, most + 1) if recipe.batch_size % n == 0)
     return recipe.replace(**{**change, "replicas": replicas})

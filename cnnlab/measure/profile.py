@@ -27,7 +27,6 @@ class Operation(NamedTuple):
     """All calls of an operation, per step."""
 
     name: str
-    category: str
     calls: float
     seconds: float  # in which at least one call lasts
     share: float  # of the step
@@ -165,14 +164,14 @@ def union_s(spans: Iterable[Span]) -> float:
 
 
 def _sum_operations(spans, steps, step_s):
-    """An `Operation` for each name and category, the most expensive first."""
+    """An `Operation` for each name, the most expensive first."""
     groups = defaultdict(list)
     for span in spans:
-        groups[span.name, span.category].append(span)
+        groups[span.name].append(span)
     rows = []
-    for (name, category), calls in groups.items():
+    for name, calls in groups.items():
         seconds = union_s(calls) / steps
-        rows.append(Operation(name, category, len(calls) / steps, seconds, seconds / step_s))
+        rows.append(Operation(name, len(calls) / steps, seconds, seconds / step_s))
     return sorted(rows, key=lambda row: -row.seconds)
 
 

@@ -196,9 +196,7 @@ def _part(name):
 
 def _own_times(events):
     """(part, seconds) of each operation on the CPU, without those that it calls."""
-    times = [(event.name, event.self_cpu_time_total / 1e6) for event in events]
-    return [
-        ("arithmetic" if is_arithmetic(name) else "memory", seconds)
-        for name, seconds in times
-        if seconds and (name.startswith(GRAPH) or OPERATION.match(name))
-    ]
+    for event in events:
+        seconds = event.self_cpu_time_total / 1e6
+        if seconds and (event.name.startswith(GRAPH) or OPERATION.match(event.name)):
+            yield "arithmetic" if is_arithmetic(event.name) else "memory", seconds
