@@ -3,10 +3,10 @@
 `check.build`, `check.hint` and `check.solution` load this file. See `cnnlab.check.Task`.
 """
 
-import math
 import re
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,12 +21,7 @@ TASKS = {}
 
 
 def traffic(numbers, extras):
-    """The bytes that a chain of operations moves: (one by one, fused).
-
-    All tensors have `numbers` numbers of 4 bytes. Operation i reads the result of the operation
-    before it (the first one reads the input) and `extras[i]` other tensors, each a different one.
-    It writes one result. Fused, the results between two operations do not go through memory.
-    """
+    """Return the bytes that a chain of operations moves, as a pair: (one by one, fused)."""
     operations = len(extras)
     one_by_one = 2 * operations + sum(extras)
     fused = 2 + sum(extras)
@@ -80,7 +75,7 @@ def place(tensor):
 
 
 class Cache:
-    """A computed cache that keeps the last result, if it has at most `size` numbers."""
+    """A simulated cache that keeps the last result, if it has at most `size` numbers."""
 
     def __init__(self, size):
         self.size = size
@@ -182,12 +177,7 @@ TASKS["10.2"] = Task(
 
 
 def kernel_traffic(code, numbers):
-    """The bytes that a generated kernel moves, if each of its tensors has `numbers` numbers.
-
-    A number has 4 bytes. `code` is the text of one kernel. The kernel reads the tensors that are
-    called in_ptr0, in_ptr1, ..., writes out_ptr0, out_ptr1, ..., and reads and writes in_out_ptr0,
-    in_out_ptr1, .... A name can appear many times in the text, but its tensor moves only once.
-    """
+    """Return the bytes that a generated kernel moves, if each tensor has `numbers` numbers."""
     names = set(re.findall(r"\b(?:in|out|in_out)_ptr\d+", code))
     moved = [2 if name.startswith("in_out") else 1 for name in names]
     return 4 * numbers * sum(moved)
@@ -312,7 +302,8 @@ TASKS["10.4"] = Task(
         "is even shorter.",
     ],
     mistakes={
-        limit_with_if: "`if` needs the number in Python, so the graph must end before it.",
+        limit_with_if: "Python needs the number, for example for an `if`, so the graph must end "
+        "before it.",
         always_divides: "This is one graph, but it also divides when all values are small enough.",
         clamps_values: "This limits each value on its own. Divide all of them by the same number.",
     },
@@ -323,7 +314,7 @@ TASKS["10.4"] = Task(
 
 
 def fold(weight, bias, norm):
-    """Weight and bias of a convolution that computes what a convolution and `norm` compute.
+    """Return (weight, bias) of a convolution that computes what a convolution and `norm` compute.
 
     `weight` (outputs, inputs, height, width) and `bias` (outputs,) are those of the convolution.
     `norm` is the nn.BatchNorm2d after it, in eval mode. It computes, in each channel,
@@ -345,8 +336,9 @@ def bias_not_scaled(weight, bias, norm):
     return weight * factor[:, None, None, None], bias - norm.running_mean * factor + norm.bias
 
 
-def input_channels_scaled(weight, bias, norm):
-    return weight * (fold(weight, bias, norm)[0] / weight)[:, :1, 0, 0], fold(weight, bias, norm)[1]
+def last_dimension_scaled(weight, bias, norm):
+    factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return weight * factor, (bias - norm.running_mean) * factor + norm.bias
 
 
 def variance_not_its_root(weight, bias, norm):
@@ -379,7 +371,7 @@ TASKS["10.5"] = Task(
     mistakes={
         without_eps: "Add `norm.eps` to the variance before you take the root.",
         bias_not_scaled: "The norm multiplies the old bias by the factor, too.",
-        input_channels_scaled: "The factor belongs to the output channel, which is the first "
+        last_dimension_scaled: "The factor belongs to the output channel, which is the first "
         "dimension of the weight. Give it the shape (outputs, 1, 1, 1).",
         variance_not_its_root: "The norm divides by the root of the variance.",
     },
@@ -390,27 +382,26 @@ TASKS["10.5"] = Task(
 
 
 def break_even(compile_s, eager_s, compiled_s):
-    """The smallest number of steps after which compiling has paid; infinite if it never pays.
-
-    Compiling takes `compile_s` seconds once. A step takes `eager_s` seconds without it, and
-    `compiled_s` with it. It has paid if the compiled run, with compiling, takes no longer.
-    """
+    """Return the smallest number of steps after which compiling has paid."""
     if compiled_s >= eager_s:
-        return math.inf
-    return math.ceil(compile_s / (eager_s - compiled_s))
+        return np.inf
+    return int(np.ceil(compile_s / (eager_s - compiled_s)))
 
 
 def never_infinite(compile_s, eager_s, compiled_s):
-    return math.ceil(compile_s / (eager_s - compiled_s))
+    return np.ceil(compile_s / (eager_s - compiled_s))
 
 
 def rounded_down(compile_s, eager_s, compiled_s):
-    found = break_even(compile_s, eager_s, compiled_s)
-    return found if found == math.inf else found - 1
+    return np.inf if compiled_s >= eager_s else compile_s // (eager_s - compiled_s)
+
+
+def not_rounded(compile_s, eager_s, compiled_s):
+    return np.inf if compiled_s >= eager_s else compile_s / (eager_s - compiled_s)
 
 
 def until_as_long_as_compiling(compile_s, eager_s, compiled_s):
-    return math.inf if compiled_s >= eager_s else math.ceil(compile_s / eager_s)
+    return np.inf if compiled_s >= eager_s else np.ceil(compile_s / eager_s)
 
 
 TASKS["10.6"] = Task(
@@ -422,12 +413,13 @@ TASKS["10.6"] = Task(
     ],
     hints=[
         "Each compiled step saves the same time. How many steps save `compile_s`?",
-        "If a compiled step is not faster, return `math.inf`. Otherwise, divide and round up.",
+        "If a compiled step is not faster, return `np.inf`. Otherwise, divide and round up.",
     ],
     mistakes={
         never_infinite: "If a compiled step is slower, it never pays. A negative number of steps "
         "makes no sense.",
         rounded_down: "Round up: before this step, the compiled run is still behind.",
+        not_rounded: "Round up to a whole number of steps.",
         until_as_long_as_compiling: "A compiled step also takes time. Only the difference of the "
         "two steps is saved.",
     },
@@ -451,10 +443,7 @@ class Moved(TorchDispatchMode):
 
 
 def activate_and_pool(x):
-    """ReLU and 2x2 max-pooling of `x` (images, channels, height, width), with fewer bytes moved.
-
-    Do not change `x`.
-    """
+    """Return ReLU and 2x2 max-pooling of `x`, with fewer bytes moved."""
     return F.relu(F.max_pool2d(x, 2))
 
 
