@@ -12,7 +12,7 @@ import numpy as np
 from cnnlab import machine, record
 from cnnlab.launch.failures import RankError
 from cnnlab.machine import Machine
-from cnnlab.measure.compare import Measurement, Speedup, measure_interleaved, speedup
+from cnnlab.measure.compare import TIMED_STEPS, Measurement, Speedup, measure_interleaved, speedup
 from cnnlab.measure.gpu_runs import measure_once, same_work, saturating_batch
 from cnnlab.measure.techniques import ONE_CORE, TECHNIQUES, Changes
 from cnnlab.recipe import ONLY_CUDA, Recipe, changes
@@ -30,7 +30,6 @@ CPU_RUNGS = (
     RETRY_PREFIX + "channels_last",
     "torch.compile",
 )
-TIMED_STEPS = ("steps", "warmup_steps")  # not techniques
 LARGER_BATCH: Changes = {"batch_size": None}  # found by measuring: see `saturating_batch`
 GPU_RUNGS: dict[str, Changes] = {  # from plain fp32: what paid off on the CPU is tried again
     "GPU": {"precision": "fp32", "memory_format": "contiguous", "fused_optimizer": False},
