@@ -44,7 +44,8 @@ def time_to_accuracy(times, accuracies, target, window):
     """The first time at which the mean of the last `window` accuracies is at least `target`.
 
     `times` and `accuracies` are lists with an item for each evaluation, in their order. A mean
-    needs `window` evaluations. Return infinity, `float("inf")`, if no mean reaches the target.
+    needs `window` evaluations; its time is that of the last one. Return infinity,
+    `float("inf")`, if no mean reaches the target.
     """
     for end in range(window, len(times) + 1):
         if sum(accuracies[end - window : end]) / window >= target:
@@ -168,11 +169,12 @@ TASKS["13.2"] = Task(
 
 
 def noise_scale(small, large, small_batch, large_batch):
-    """The gradient noise scale: the noise tr(S) divided by the signal |G|^2, a Python number.
+    """The gradient noise scale: the noise tr(S) divided by the signal |G|^2, as a float.
 
     `small` (draws, n) has a row for each batch of `small_batch` images: its gradient. `large` has
     the same for `large_batch` images. For batches of B images, the mean of the squared norms of
-    the rows is about |G|^2 + tr(S) / B. Solve the two equations for |G|^2 and tr(S).
+    the rows is about |G|^2 + tr(S) / B. (The squared norm is the sum of the squares.) Solve the two
+    equations for |G|^2 and tr(S). `.item()` makes a float of a tensor.
     Source: McCandlish et al. (2018), appendix A.1.
     """
     small_norm = small.square().sum(dim=1).mean()
@@ -240,7 +242,7 @@ def local_sgd_round(model, optimizer, batches):
 
     `batches` is a list of (images, labels) of this rank. Take one step of the optimizer for each
     of them, without any message; the loss is the cross-entropy. Then replace each parameter, in
-    place, by its mean over the ranks.
+    place and under `torch.no_grad()`, by its mean over the ranks: `dist.all_reduce` adds up.
     """
     for images, labels in batches:
         optimizer.zero_grad()
@@ -335,6 +337,7 @@ def serve(parameters, learning_rate, updates):
 
     Do `updates` times: receive a gradient (n,) from any rank, subtract learning_rate * gradient
     from `parameters` (n,), in place, and send the parameters to the rank whose gradient it was.
+    `dist.recv` needs a tensor to write into, such as `torch.empty_like(parameters)`.
     """
     order = []
     gradient = torch.empty_like(parameters)
@@ -596,12 +599,12 @@ def speedup_to_accuracy(ours, baseline, target):
 
     Both are lists with a run for each seed, in the same order. A run has three lists: "seconds",
     "train" (accuracy on training images) and "held out" (accuracy on held-out images). For each
-    seed, divide the time to accuracy of the baseline by that of ours, with a window of 3.
+    seed, divide the time to accuracy of the baseline by that of ours, with a window of 2.
     """
     factors = []
     for our_run, base_run in zip(ours, baseline, strict=True):
         our_s, base_s = (
-            time_to_accuracy(run["seconds"], run["held out"], target, 3)
+            time_to_accuracy(run["seconds"], run["held out"], target, 2)
             for run in (our_run, base_run)
         )
         factors.append(base_s / our_s)
@@ -623,14 +626,14 @@ def runs_of_seeds():
 
 
 def not_repaired(ours, baseline, target):
-    our_s = [time_to_accuracy(run["seconds"], run["train"], target, 3) for run in ours]
-    base_s = [time_to_accuracy(run["seconds"], run["held out"], target, 3) for run in baseline]
+    our_s = [time_to_accuracy(run["seconds"], run["train"], target, 2) for run in ours]
+    base_s = [time_to_accuracy(run["seconds"], run["held out"], target, 2) for run in baseline]
     return max(base_s) / min(our_s)
 
 
 def best_of_ours(ours, baseline, target):
-    our_s = [time_to_accuracy(run["seconds"], run["held out"], target, 3) for run in ours]
-    base_s = [time_to_accuracy(run["seconds"], run["held out"], target, 3) for run in baseline]
+    our_s = [time_to_accuracy(run["seconds"], run["held out"], target, 2) for run in ours]
+    base_s = [time_to_accuracy(run["seconds"], run["held out"], target, 2) for run in baseline]
     return max(base_s) / min(our_s)
 
 
@@ -645,8 +648,8 @@ def different_accuracies(ours, baseline, target):
 
 
 def best_of_both(ours, baseline, target):
-    our_s = [time_to_accuracy(run["seconds"], run["held out"], target, 3) for run in ours]
-    base_s = [time_to_accuracy(run["seconds"], run["held out"], target, 3) for run in baseline]
+    our_s = [time_to_accuracy(run["seconds"], run["held out"], target, 2) for run in ours]
+    base_s = [time_to_accuracy(run["seconds"], run["held out"], target, 2) for run in baseline]
     return min(base_s) / min(our_s)
 
 
@@ -679,8 +682,9 @@ def updates_made(step_ms, bound, milliseconds):
     """The number of updates of each rank, a list, under stale synchronous parallel.
 
     Rank r needs `step_ms[r]` milliseconds for a step, and makes one update at its end. It may work
-    only while it is at most `bound` updates ahead of the slowest rank; otherwise it waits. Go
-    through the milliseconds one by one. At the start of each, decide which ranks may work.
+    only while it is at most `bound` updates ahead of the rank with the fewest updates; otherwise it
+    waits. Go through the milliseconds one by one. At the start of each, decide which ranks may
+    work, all of them from the same numbers of updates.
     """
     updates = [0] * len(step_ms)
     left = list(step_ms)
