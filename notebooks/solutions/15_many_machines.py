@@ -23,11 +23,11 @@ TASKS = {}
 
 
 def number_of_rank(node, local_rank, ranks_per_node):
-    """The number of a rank, and the number of all ranks: (RANK, WORLD_SIZE).
+    """The number of a rank, and how many ranks there are, as a tuple (RANK, WORLD_SIZE).
 
-    `ranks_per_node` has an entry for each node: [4, 4, 2]. `node` counts the nodes from 0,
-    `local_rank` counts the ranks of that node from 0. The ranks of node 0 come first, then those
-    of node 1, and so on.
+    `ranks_per_node`: how many ranks each node has, for example [4, 4, 2]. The rank is number
+    `local_rank` on node number `node`; both count from 0. The ranks of node 0 have the first
+    numbers, then come those of node 1, and so on.
     """
     return sum(ranks_per_node[:node]) + local_rank, sum(ranks_per_node)
 
@@ -73,7 +73,8 @@ def torchrun_command(slurm, hosts):
     """The start of the torchrun command for a node of a Slurm job, as a list of words.
 
     `slurm`: environment variables of the job on this node. `hosts`: the names of its nodes, the
-    same list on all of them.
+    same list on all of them; the store runs on the first one. Each GPU gets one rank. The id
+    names the run: use the number of the job.
     """
     job = slurm["SLURM_JOB_ID"]
     return [
@@ -179,9 +180,10 @@ TASKS["15.2"] = Task(
 def images_of_step(step, batch_size, images, rank, world):
     """The numbers of the images on which a rank trains in a step, as a tensor.
 
-    Steps count from 0 over all epochs. An epoch has images // batch_size steps. The order of the
-    images in epoch e is `torch.randperm(images, generator=torch.Generator().manual_seed(e))`, and
-    each step takes the next `batch_size` of them: its batch. The ranks divide the batch evenly.
+    `images` is how many there are. Steps count from 0 and go on over the epochs; an epoch has
+    images // batch_size of them. The order of the images in epoch e is
+    `torch.randperm(images, generator=torch.Generator().manual_seed(e))`. Each step takes the next
+    `batch_size` of them: its batch. The `world` ranks divide it into equal parts, in any way.
     """
     epoch, number = divmod(step, images // batch_size)
     order = torch.randperm(images, generator=torch.Generator().manual_seed(epoch))
@@ -232,8 +234,8 @@ TASKS["15.3"] = Task(
     inputs=lambda: [(7, 8, 50), (0, 4, 16), (13, 8, 50)],
     run=run_in_worlds,
     hints=[
-        "First find the epoch of the step, and the number of the step in this epoch. Nothing else "
-        "may decide which images a step has: no variable that changes from step to step.",
+        "First find the epoch of the step, and the number of the step in this epoch. The images "
+        "must not depend on anything else, such as a variable that counts the calls.",
         "`divmod(a, b)` returns the quotient and the remainder. Make the order of the epoch, and "
         "cut the batch out of it with a slice.",
         "Cut the batch first, and divide it among the ranks afterwards. A slice with a step size, "
@@ -247,19 +249,21 @@ TASKS["15.3"] = Task(
         same_images_in_all_ranks: "All ranks train on the same images. Use `rank` and `world`.",
         order_from_the_global_generator: "The order depends on the random numbers that were drawn "
         "before. Give randperm a generator of its own, with the epoch as its seed.",
-        next_epoch_starts_late: "Count the steps of an epoch again: images // batch_size.",
+        next_epoch_starts_late: "An epoch has images // batch_size steps. Images that are left "
+        "over are not used.",
     },
 )
 
 
-# 15.4: a checkpoint that is never half
+# 15.4: a checkpoint that is never half-written
 
 
 def save_checkpoint(path, state):
     """Write `state` to the file `path` (a `Path`) so that a half-written file never has its name.
 
-    Write it to another file in the same folder first, whose name does not end with ".pt". Wait
-    until it is on the disk. Then give it its name, in one operation.
+    First write it to another file in the same folder, whose name does not end with ".pt":
+    `path.with_suffix` makes one. While this file is open, flush it, and wait with `os.fsync`
+    until it is on the disk. Then rename it with `os.replace(old, new)`, which is atomic.
     """
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
@@ -364,8 +368,9 @@ TASKS["15.4"] = Task(
 def newest_checkpoint(folder):
     """The path of the newest complete checkpoint in `folder` (a `Path`), or None without one.
 
-    Complete checkpoints are named step-N.pt, with the number of the step. A name that ends with
-    ".part" is a file that was not written to its end.
+    Complete checkpoints are named step-N.pt, and the newest one has the largest number N. A name
+    that ends with ".part" is a file that was not written to its end. `folder.glob(pattern)` finds
+    paths, and the `stem` of a path is its name without the ending, such as "step-90".
     """
     paths = list(folder.glob("step-*.pt"))
     return max(paths, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
@@ -410,12 +415,13 @@ TASKS["15.5"] = Task(
         "`folder.glob(pattern)` finds files by a pattern such as step-*.pt. Which of them has the "
         "largest number?",
         "`path.stem` is the name without its ending, 'step-90'. `'step-90'.removeprefix('step-')` "
-        "is '90', a text. Compare numbers.",
-        "`max` takes a `key`, a function of a path, and a `default` for an empty list.",
+        "is '90', a string. `int` makes a number of it.",
+        "`max` takes a `key`, a function that computes the number of a path, and a `default` for "
+        "an empty list. A loop that remembers the largest number is fine, too.",
     ],
     mistakes={
-        last_by_name: "Texts are compared letter by letter, so 'step-90' comes after 'step-100'. "
-        "Compare the numbers.",
+        last_by_name: "Strings are compared character by character, so 'step-90' comes after "
+        "'step-100'. Compare the numbers.",
         unfinished_ones_too: "This file was not written to its end.",
         last_by_date: "The date of a file changes when it is copied. Use the number in its name.",
         none_forgotten: "The folder may be empty: then the result is None, and training starts "
@@ -431,9 +437,9 @@ def hierarchical_seconds(size, nodes, per_node, inside, between):
     """Seconds of a hierarchical all-reduce of `size` bytes.
 
     `inside` and `between` are (latency in s, bandwidth in bytes/s) of the links inside a node and
-    of the network between nodes. First come the phases inside the nodes, which together take as
-    long as a ring of the node's ranks. Then come the rings between the nodes. The ranks of a node
-    share its network, so these take together as long as one ring of the nodes for all bytes.
+    of the network between nodes. The two phases inside the nodes, the first and the last, take as
+    long as one ring all-reduce of the `per_node` ranks of a node. The rings between the nodes
+    share the network, so together they take as long as one ring of `nodes` ranks for all bytes.
     """
     inside_s = all_reduce_seconds(size, per_node, *inside)
     return inside_s + all_reduce_seconds(size, nodes, *between)
@@ -484,9 +490,10 @@ TASKS["15.6"] = Task(
 def predicted_efficiency(batch, images_per_s, communication_s):
     """The efficiency of a step: the time of one GPU alone, divided by the time in the cluster.
 
-    One GPU trains `batch` images per step, `images_per_s`. The backward pass takes 2/3 of this
-    time. The all-reduce takes `communication_s` and overlaps with the backward pass, completely
-    if it is shorter. What is left of it makes the step longer.
+    Each GPU trains on `batch` images per step. One GPU alone trains on `images_per_s`, and 2/3
+    of the time of its step is the backward pass. In the cluster, an all-reduce of
+    `communication_s` seconds starts with the backward pass and runs at the same time. If it takes
+    longer than the backward pass, the rest of it makes the step longer.
     """
     compute_s = batch / images_per_s
     exposed_s = max(0.0, communication_s - compute_s * 2 / 3)
@@ -537,9 +544,10 @@ TASKS["15.7"] = Task(
 def failed_rank(log):
     """The rank that made a run fail. The others only report that a connection was closed.
 
-    `log`: lines (seconds, rank, text) in any order. A line with "Error" reports an error. One with
-    "Connection" too is a consequence: another rank was gone. The rank with the earliest other
-    error is the cause. If there is no such error, it is the only rank that reported none: it died.
+    `log`: lines (seconds, rank, text) in any order. A line with "Error" reports an error. If it
+    also has "Connection", it is a consequence: another rank was gone. Among the other errors, the
+    earliest one is the cause. If there are none, the cause is the only rank without an error: it
+    died before it could report one.
     """
     errors = [line for line in log if "Error" in line[2]]
     own = [line for line in errors if "Connection" not in line[2]]
@@ -594,7 +602,7 @@ TASKS["15.8"] = Task(
         "Divide the lines with an error into two lists: consequences, and others.",
         "Lines are tuples that begin with the time, so `min` finds the earliest one.",
         "If all errors are consequences, compare two sets: the ranks in the log, and the ranks "
-        "that reported an error.",
+        "that reported an error. `a - b` is the difference of two sets.",
     ],
     mistakes={
         first_line_with_error: "The log is not sorted: outputs of several machines were merged.",
@@ -613,8 +621,9 @@ TASKS["15.8"] = Task(
 def checkpoint_interval(cost_s, host_mtbf_s, hosts):
     """Seconds between checkpoints that lose the least time: sqrt(2 * cost * MTBF) (Young, 1974).
 
-    `cost_s`: seconds to write a checkpoint. MTBF is the mean time between failures of the run,
-    which fails when any of its `hosts` fails. One host fails every `host_mtbf_s` seconds.
+    `cost_s`: seconds to write a checkpoint. MTBF: that of the run, which fails when any of its
+    hosts fails. `hosts` is how many it has, and one host fails once in `host_mtbf_s` seconds, on
+    average. A square root is x ** 0.5.
     """
     return math.sqrt(2 * cost_s * host_mtbf_s / hosts)
 
@@ -657,9 +666,10 @@ TASKS["15.9"] = Task(
 def cheapest_cluster(offers, target):
     """The cheapest cluster that trains at least `target` images/s: (name of the offer, devices).
 
-    `offers`: {name: (spec, price)}. `cnnlab.predict(spec)["predictions"]` has a row for each
-    number of devices that is on offer, with `devices` and `images_per_s` of all of them together.
-    `price` is that of one device with its share of the network.
+    `offers`: {name: (spec, price)}, with the price of one device and its share of the network.
+    `cnnlab.predict(spec)["predictions"]` is a list of dicts, one for each number of devices that
+    you can buy: "devices" is this number, and "images_per_s" is that of all of them together. At
+    least one cluster reaches the target.
     """
     found = []
     for name, (spec, price) in offers.items():
