@@ -50,7 +50,8 @@ def images_and_labels(count):
 def average_gradients(model):
     """Replace each gradient of the model by its mean over all ranks, in place.
 
-    Use `dist.all_reduce` for each parameter. Returns nothing.
+    `model.parameters()` gives the parameters, and `parameter.grad` is the gradient of one. Use
+    `dist.all_reduce` and `dist.get_world_size`. Returns nothing.
     """
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad)
@@ -111,7 +112,8 @@ def average_uneven(model, count):
     """Replace each gradient by that of the mean loss over the images of all ranks, in place.
 
     The gradients of this rank are those of the mean loss over its own `count` images. `count`
-    differs between the ranks, and a rank knows only its own. Returns nothing.
+    differs between the ranks, and a rank knows only its own. `dist.all_reduce` adds up tensors,
+    also a tensor with a single number: `torch.tensor(float(count))`. Returns nothing.
     """
     total = torch.tensor(float(count))
     dist.all_reduce(total)
@@ -186,10 +188,12 @@ def pass_on(tensor):
 def ring_all_reduce(tensor):
     """Replace `tensor` (n,) by its sum over all N ranks, in place. n is a multiple of N.
 
-    Each rank has N chunks, which are views of the tensor. Reduce-scatter, steps s = 0 to N - 2:
-    pass on chunk (rank - s) % N, and add what you receive to chunk (rank - s - 1) % N. All-gather,
-    again N - 1 steps: first pass on your complete chunk, then always the chunk that you received in
-    the step before. Returns nothing.
+    `tensor.chunk(N)` gives the N chunks. They are views: if you change them in place, with `add_`
+    and `copy_`, you change the tensor. `pass_on(chunk)` returns what this rank receives.
+    Reduce-scatter, steps s = 0 to N - 2: pass on chunk (rank - s) % N, and add what you receive to
+    chunk (rank - s - 1) % N. All-gather, N - 1 steps: first pass on your complete chunk, then
+    always the chunk that you received in the step before; what you receive replaces the chunk with
+    the same number. Returns nothing.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     chunks = tensor.chunk(world)
@@ -352,7 +356,8 @@ def exposed_seconds(computing, messages):
     """The seconds in which at least one message is on its way, and the rank computes nothing.
 
     `computing` and `messages` are lists of (start, end) in seconds. Messages may overlap with each
-    other, and with computing. The spans of computing do not overlap with each other.
+    other, and with computing. The spans of computing do not overlap with each other;
+    `computing` may be empty.
     """
     edges = sorted({moment for span in [*computing, *messages] for moment in span})
     exposed = 0.0
@@ -369,6 +374,7 @@ def timelines():
     for _ in range(3):
         a, b, c, d, e, f = (torch.rand(6).add(0.1).cumsum(0)).tolist()
         yield [(0.0, a), (a, c), (f + 1, f + 2)], [(b, d), (0.5 * (c + d), e), (f, f + 0.5)]
+    yield [], [(0.0, 1.0), (0.5, 2.0), (3.0, 4.0)]
 
 
 def all_messages(computing, messages):
@@ -416,10 +422,10 @@ TASKS["12.5"] = Task(
 def rank_indices(count, rank, world, epoch, seed):
     """The numbers of the images that a rank gets in an epoch, as a list, in their order.
 
-    Shuffle the numbers from 0 to count - 1 with `torch.randperm(count, generator=generator)`, where
-    the generator's seed is seed + epoch, the same in all ranks. Then append the first ones again
-    until their number is a multiple of `world` (count >= world). Rank r gets the numbers at r,
-    r + world, r + 2 world, ...
+    Shuffle the numbers from 0 to count - 1 with `torch.randperm(count, generator=generator)`. The
+    generator is `torch.Generator().manual_seed(seed + epoch)`, the same in all ranks. Then append
+    the first of the shuffled numbers again, until the length is a multiple of `world` (count >=
+    world). Rank r gets the numbers at the positions r, r + world, r + 2 world, ...
     """
     generator = torch.Generator().manual_seed(seed + epoch)
     order = torch.randperm(count, generator=generator).tolist()
@@ -461,8 +467,8 @@ TASKS["12.6"] = Task(
         same_order_in_each_epoch: "The order must change with the epoch.",
         another_order_in_each_rank: "The ranks have shuffled differently. Then some images are in "
         "two shares, and others in none.",
-        without_repeats: "Some ranks would get an image less than others. Then they take fewer "
-        "steps, and the others wait for them forever. Repeat the first images.",
+        without_repeats: "Some ranks would get one image fewer than others. They may take fewer "
+        "steps, and the others would wait for them. Repeat the first images.",
         in_blocks: "The rank takes consecutive numbers. It should take every `world`-th one.",
     },
 )
@@ -472,10 +478,11 @@ TASKS["12.6"] = Task(
 
 
 def accumulate_step(model, images, labels, parts):
-    """Compute the gradients of the mean loss over all images, in `parts` equal micro-batches.
+    """Compute the gradients of the mean cross-entropy, in `parts` equal micro-batches.
 
-    `model` is a DDP model, `images` and `labels` are this rank's share. The gradients of all
-    micro-batches add up. DDP may send messages in the last one only. Returns nothing.
+    `model` is a DDP model, `images` and `labels` are this rank's share. The mean is over all images
+    of all ranks. The gradients of the micro-batches add up in `parameter.grad`. DDP may send
+    messages in the last micro-batch only. Returns nothing.
     """
     micro_batches = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
     for number, (part, targets) in enumerate(micro_batches, start=1):
@@ -555,7 +562,7 @@ TASKS["12.7"] = Task(
 def train_epochs(model, loader, optimizer, scaler, epochs, save):
     """Train the DDP model, clip gradients to norm 1, and save it once after each epoch.
 
-    `loader` has a `DistributedSampler`. `save(state)` writes a file.
+    `loader` has a `DistributedSampler`. `save(state)` writes a file. Returns nothing.
     """
     for epoch in range(epochs):
         loader.sampler.set_epoch(epoch)
