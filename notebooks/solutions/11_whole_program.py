@@ -19,8 +19,9 @@ TASKS = {}
 def record_operation(graph, operation, inputs):
     """Append an operation to the graph, and return the name of its result.
 
-    The graph is a list of (name, operation, names of the inputs). The results are called t0, t1,
-    t2, ... in this order. An input that has a `.name` is recorded by it, and a number as it is.
+    The graph is a list of tuples (name, operation, list of inputs). The results are called t0, t1,
+    t2, ... in this order. If an input has an attribute `name` (see `hasattr` or `getattr`), record
+    this name. Otherwise it is a number: record it as it is.
     """
     name = f"t{len(graph)}"
     graph.append((name, operation, [getattr(value, "name", value) for value in inputs]))
@@ -75,8 +76,9 @@ TASKS["11.1"] = Task(
 def execute(graph, values):
     """Run the program, and return the result of its last operation.
 
-    `values` is {name: tensor} of the inputs, and must not change. An operation is the name of a
-    function of torch: "mul" is torch.mul.
+    The graph is a list of tuples (name, operation, list of inputs). An input is a number, or the
+    name of a tensor. `values` is {name: tensor} for the inputs of the program, and must not change.
+    An operation is the name of a function of torch: getattr(torch, "mul") is torch.mul.
     """
     known = dict(values)
     for name, operation, inputs in graph:
@@ -133,9 +135,10 @@ TASKS["11.2"] = Task(
 
 
 def remove_dead_code(graph):
-    """The graph without operations that the last one does not need, directly or indirectly.
+    """Return the graph without operations that the last one does not need, even indirectly.
 
-    Returns a new list, in the same order.
+    Return a new list of the same tuples (name, operation, list of inputs), in the same order.
+    `reversed(graph)` begins with the last operation.
     """
     needed = {graph[-1][0]}
     kept = []
@@ -201,9 +204,9 @@ TASKS["11.3"] = Task(
 
 
 def clip_gradient(gradient, limit):
-    """Scale a gradient that is longer than `limit` to this length. Leave a shorter one unchanged.
+    """Scale a gradient that is longer than `limit` to this length. Return a shorter one unchanged.
 
-    Without a Python branch on values, so that it compiles into one graph.
+    The length is gradient.norm(). Do not branch on values in Python: it must be one graph.
     """
     norm = gradient.norm()
     return torch.where(norm > limit, gradient * (limit / norm), gradient)
@@ -262,11 +265,11 @@ TASKS["11.4"] = Task(
 
 
 def update(params, momenta, grads):
-    """One step of SGD with momentum 0.9 and learning rate 0.05. Return (params, momenta), new.
+    """Return new (params, momenta) after a step of SGD with momentum 0.9 and learning rate 0.05.
 
-    All are dictionaries {name: tensor}. momentum = 0.9 * momentum + gradient, then
-    parameter = parameter - 0.05 * momentum. Nothing changes in place. Use arithmetic only, so that
-    the function works with PyTorch and with JAX.
+    All are dictionaries {name: tensor} with the same names. First, momentum = 0.9 * momentum +
+    gradient, then parameter = parameter - 0.05 * momentum. Change nothing in place. Use arithmetic
+    only, so that the function works with PyTorch and with JAX.
     """
     new_momenta = {name: 0.9 * momenta[name] + grads[name] for name in params}
     new_params = {name: params[name] - 0.05 * new_momenta[name] for name in params}
@@ -317,9 +320,9 @@ TASKS["11.5"] = Task(
 
 
 def replay_trace(example, x):
-    """What a trace of `double_until_large`, recorded with `example`, returns for `x`.
+    """Return what a trace of `double_until_large`, recorded with `example`, returns for `x`.
 
-    The tracer carries values, and records what it sees. The sum of `example` is positive.
+    The tracer traces with values, as torch.jit.trace does. The sum of `example` is positive.
     """
     factor = 1
     while (example * factor).sum() < 100:
@@ -348,7 +351,7 @@ TASKS["11.6"] = Task(
     reference=replay_trace,
     inputs=examples_and_inputs,
     hints=[
-        "The trace has no `while`. It has as many multiplications as the loop had turns.",
+        "The trace has no `while`. It has as many multiplications as the loop had iterations.",
         "How often is `example` doubled? `x` is doubled as often, whatever its sum is.",
         "Count the doublings of `example` in a loop, and multiply `x` by the same power of two.",
     ],
@@ -356,7 +359,7 @@ TASKS["11.6"] = Task(
         call_again: "This is what the Python function returns. A trace does not test the condition "
         "again.",
         return_the_recorded_tensor: "This is the result for the example. The trace uses x.",
-        double_once: "The body of the loop is recorded once for each turn.",
+        double_once: "The body of the loop is recorded once for each iteration.",
     },
 )
 
@@ -365,11 +368,11 @@ TASKS["11.6"] = Task(
 
 
 def merge_equal(graph):
-    """The graph without repeated operations (common-subexpression elimination).
+    """Return a new graph without repeated operations (common-subexpression elimination).
 
-    If an operation has the same inputs as an equal one before it, drop it and use the earlier
-    result. Never drop "bernoulli", which draws random numbers, or the last operation, which is
-    not a repetition.
+    If an earlier operation is the same and has the same inputs, drop the later one, and replace its
+    name in all inputs after it. Never drop "bernoulli", which draws random numbers. The last
+    operation is never a repetition. A key of a dictionary can be a tuple, but not a list.
     """
     kept, first, renamed = [], {}, {}
     for name, operation, inputs in graph:
@@ -443,10 +446,11 @@ TASKS["11.7"] = Task(
 
 
 def bucket_costs(sizes, bucket):
-    """(number of compilations, padded share) if each batch is padded to a multiple of `bucket`.
+    """Return (number of compilations, share of padding), if batches are padded to full buckets.
 
-    `sizes`: the images of each batch. Each new padded size is compiled once. The share is the
-    number of padding images divided by the number of all images that are computed.
+    `sizes`: the number of images in each batch. Each is padded to the next multiple of `bucket`;
+    -(-a // b) is a / b, rounded up. Each new padded size is compiled once. The share is the number
+    of padding images divided by the number of all images that are computed.
     """
     padded = [-(-size // bucket) * bucket for size in sizes]
     return len(set(padded)), 1 - sum(sizes) / sum(padded)
@@ -477,7 +481,7 @@ TASKS["11.8"] = Task(
     inputs=batches_and_buckets,
     hints=[
         "First make a list of the padded sizes. A size that is a multiple already stays.",
-        "`math.ceil(size / bucket)` is the number of buckets that a batch needs. A set of the "
+        "`-(-size // bucket)` is the number of buckets that a batch needs. A set of the "
         "padded sizes has each size once.",
         "With p = the sum of the padded sizes and r = that of the sizes, the share is (p - r) / p.",
     ],
@@ -494,7 +498,7 @@ TASKS["11.8"] = Task(
 
 
 def running_mean(state, x):
-    """The mean of all tensors so far, as a pure function: return (mean, new state).
+    """Return (mean of all tensors so far, new state), as a pure function.
 
     `state` is {"mean": tensor, "count": tensor} before x. It must not change.
     """
@@ -552,11 +556,12 @@ TASKS["11.9"] = Task(
 
 
 def sharded_mean(losses, valid, devices):
-    """(rows of each device, mean loss of the valid rows) of a batch on `devices` devices.
+    """Return (list of the rows of each device, mean loss of the valid rows) of a batch.
 
-    Each device has equally many consecutive rows: (first, end), where `end` is not included. It
-    can add up its own rows; then an all-reduce adds up these sums. `valid` is 1 for an image, and
-    0 for padding, which must not count.
+    Each device has equally many consecutive rows, as a tuple (first, end), without row `end`.
+    `losses` and `valid` have a number for each row: `valid` is 1 for an image, and 0 for padding,
+    which must not count. A device can only add up its own rows; then an all-reduce adds up the
+    sums of all devices.
     """
     size = len(losses) // devices
     rows = [(size * device, size * (device + 1)) for device in range(devices)]
