@@ -66,17 +66,20 @@ def prewarm() -> None:
     added = {name: value for name, value in RANK_ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
     current = dict(os.environ)
-    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    pid = server._forkserver_pid
     try:
-        forkserver.ensure_running()
-        if pid != forkserver._forkserver._forkserver_pid:  # type: ignore[attr-defined]
+        server.ensure_running()
+        if pid != server._forkserver_pid:
             server_environment.clear()
             server_environment.update(current)
     finally:
         for name in added:
             os.environ.pop(name, None)  # Another thread may have removed it already.
     with suppress(OSError):  # A file may vanish while it is saved.
-        _warn_of_edits(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+        if code_time() != _loaded_code_time(server._forkserver_pid):
+            message = "Ranks run the code of cnnlab from before its last edits. Restart the kernel."
+            warnings.warn(message, stacklevel=1)
 
 
 def check_open_files(world: int) -> None:
@@ -97,12 +100,6 @@ def check_open_files(world: int) -> None:
 def code_time() -> float:
     """The newest modification time of cnnlab's modules."""
     return max(path.stat().st_mtime for path in Path(worker.__file__).parents[1].rglob("*.py"))
-
-
-def _warn_of_edits(server_pid: int) -> None:
-    if code_time() != _loaded_code_time(server_pid):
-        message = "Ranks run the code of cnnlab from before its last edits. Restart the kernel."
-        warnings.warn(message, stacklevel=1)
 
 
 @cache
