@@ -263,7 +263,7 @@ def save_checkpoint(path, state):
 
     First write it to another file in the same folder, whose name does not end with ".pt":
     `path.with_suffix` makes one. While this file is open, flush it, and wait with `os.fsync`
-    until it is on the disk. Then rename it with `os.replace(old, new)`, which is atomic.
+    until it is on the disk. When it is closed, rename it with `os.replace(old, new)`.
     """
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
@@ -454,6 +454,11 @@ def network_not_shared(size, nodes, per_node, inside, between):
     return inside_s + all_reduce_seconds(size / per_node, nodes, *between)
 
 
+def links_swapped(size, nodes, per_node, inside, between):
+    inside_s = all_reduce_seconds(size, nodes, *inside)
+    return inside_s + all_reduce_seconds(size, per_node, *between)
+
+
 def at_the_same_time(size, nodes, per_node, inside, between):
     inside_s = all_reduce_seconds(size, per_node, *inside)
     return max(inside_s, all_reduce_seconds(size, nodes, *between))
@@ -479,6 +484,8 @@ TASKS["15.6"] = Task(
         flat_ring: "This is one ring of all ranks, with many more messages over the network.",
         network_not_shared: "Each rank of a node sends its share of the bytes, but all of them use "
         "the same network. Together they send all bytes.",
+        links_swapped: "The ring inside a node has `per_node` ranks; the one between the nodes has "
+        "`nodes`.",
         at_the_same_time: "The phases follow one another: their times add up.",
     },
 )
@@ -515,6 +522,11 @@ def efficiency_above_one(batch, images_per_s, communication_s):
     return compute_s / (compute_s + communication_s - compute_s * 2 / 3)
 
 
+def forward_pass_for_backward_pass(batch, images_per_s, communication_s):
+    compute_s = batch / images_per_s
+    return compute_s / (compute_s + max(0.0, communication_s - compute_s / 3))
+
+
 def slowdown(batch, images_per_s, communication_s):
     return 1 / predicted_efficiency(batch, images_per_s, communication_s)
 
@@ -533,6 +545,8 @@ TASKS["15.7"] = Task(
         overlap_with_the_forward_pass: "There are no gradients to send in the forward pass. Only "
         "the backward pass hides communication.",
         efficiency_above_one: "The part that is left cannot be negative.",
+        forward_pass_for_backward_pass: "The backward pass takes two thirds of the time of a step, "
+        "the forward pass one third. Which one hides the all-reduce?",
         slowdown: "This is the slowdown. The efficiency is at most 1.",
     },
 )
