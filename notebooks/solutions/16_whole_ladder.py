@@ -10,7 +10,8 @@ from itertools import combinations
 import numpy as np
 from scipy.stats import t
 
-from cnnlab import Recipe, changes
+import cnnlab
+from cnnlab import Recipe
 from cnnlab.check import Task
 
 TASKS = {}
@@ -352,7 +353,7 @@ TASKS["16.5"] = Task(
 
 def unfair_differences(below, candidate, technique):
     """Return the names of the fields that differ and that the technique does not change, sorted."""
-    return sorted(name for name in changes(below, candidate) if name not in technique)
+    return sorted(name for name in cnnlab.changes(below, candidate) if name not in technique)
 
 
 def pairs_of_recipes():
@@ -368,7 +369,7 @@ def the_broken_program(below, candidate, technique):
 
 
 def all_differences(below, candidate, technique):
-    return sorted(changes(below, candidate))
+    return sorted(cnnlab.changes(below, candidate))
 
 
 TASKS["16.6"] = Task(
