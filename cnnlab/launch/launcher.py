@@ -292,6 +292,9 @@ class RankProcesses:
         except (EOFError, OSError):
             process.join(1)
             self.inbox.put(failures.killed(rank, process.exitcode))
+        except Exception as problem:  # The rank sent an object of a class that is unknown here.
+            error = f"its message cannot be read here: {problem}. Restart the kernel."
+            self.inbox.put(Message(rank, "error", error=error, traceback=traceback.format_exc()))
         self.closed.wait()  # The process stays until `_root_cause` has looked at it.
         with suppress(OSError):
             connection.send("bye")

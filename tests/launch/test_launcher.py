@@ -1,5 +1,6 @@
 """Real runs in real processes: their events, their values, and how they are stopped."""
 
+import importlib
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from cnnlab import model, plots
 from cnnlab.data import datasets
 from cnnlab.events import Evaluated, Finished, Progress, Started
 from cnnlab.launch import launcher
+from cnnlab.launch.failures import RankError
 from cnnlab.launch.launcher import ranks
 from cnnlab.recipe import CnnlabError, Recipe
 from cnnlab.training.loop import evaluate, train
@@ -305,3 +307,14 @@ def test_a_run_works_in_a_thread():
     thread.start()
     thread.join(60)
     assert isinstance(found[-1], Finished)
+
+
+def test_a_message_that_this_process_cannot_read_is_an_error(tmp_path, monkeypatch):
+    """As after an edit of cnnlab, which new ranks have and the kernel has not."""
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "edited_module.py"
+    module.write_text("def work(rank, world):\n    yield rank\n")
+    work = importlib.import_module("edited_module").work
+    module.write_text("class New: pass\n\n\ndef work(rank, world):\n    yield New()\n")
+    with pytest.raises(RankError, match="cannot be read here.*New.*Restart the kernel"):
+        list(launcher.stream(work, (), 2))
