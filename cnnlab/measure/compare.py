@@ -107,6 +107,15 @@ def confounders(recipes: Sequence[Recipe]) -> dict[str, list[Any]]:
     return found
 
 
+def _reject_confounders(recipes: Iterable[Recipe]) -> None:
+    if differences := confounders(list(recipes)):
+        listed = [f"{name}: {', '.join(map(str, found))}" for name, found in differences.items()]
+        raise CnnlabError(
+            f"the comparison is not fair: besides the technique, it changes {'; '.join(listed)}. "
+            "Make these equal, or use allow_confounders=True; plots then show the differences."
+        )
+
+
 def measure_interleaved(
     recipes: Mapping[str, Recipe],
     repeats: int | None = None,
@@ -128,13 +137,8 @@ def measure_interleaved(
         raise CnnlabError(
             f"repeats={repeats!r} is not allowed. Use an integer of 1 or more; a spread needs 2."
         )
-    differences = confounders(list(recipes.values()))
-    if differences and not allow_confounders:
-        listed = [f"{name}: {', '.join(map(str, found))}" for name, found in differences.items()]
-        raise CnnlabError(
-            f"the comparison is not fair: besides the technique, it changes {'; '.join(listed)}. "
-            "Make these equal, or use allow_confounders=True; plots then show the differences."
-        )
+    if not allow_confounders:
+        _reject_confounders(recipes.values())
     found = {name: Measurement(name=name, recipe=recipe) for name, recipe in recipes.items()}
     for repeat in range(repeats):
         order = list(recipes.items())
