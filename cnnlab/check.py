@@ -4,6 +4,7 @@ The tasks are defined in notebooks/solutions/NUMBER_*.py, one file a lesson:
 TASKS = {"12.1": Task(...), ...}.
 """
 
+import ast
 import copy
 import inspect
 import linecache
@@ -11,7 +12,7 @@ import re
 import runpy
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,8 +53,24 @@ def hint(task_id: str) -> None:
 
 
 def solution(task_id: str) -> None:
-    """Print the source of a task's reference."""
-    print(inspect.getsource(_find_task(task_id).reference))
+    """Print the source of a task's reference, after the imports and constants that it uses."""
+    reference = _find_task(task_id).reference
+    print(*_definitions_for(reference), inspect.getsource(reference), sep="\n")
+
+
+def _definitions_for(function: Callable) -> Iterator[str]:
+    """The imports and assignments at the top of the function's file whose names it uses."""
+    nodes = ast.walk(ast.parse(inspect.getsource(function)))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    text = Path(inspect.getfile(function)).read_text(encoding="utf-8")
+    for statement in ast.parse(text).body:
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            names = [alias for alias in statement.names if (alias.asname or alias.name) in used]
+            statement.names = names
+            if names:
+                yield ast.unparse(statement)
+        elif isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) in used:
+            yield str(ast.get_source_segment(text, statement))
 
 
 def _find_task(task_id: str) -> "Task":

@@ -298,52 +298,65 @@ TASKS["16.4"] = Task(
 )
 
 
-# 16.5: compile time
+# 16.5: what to try next
 
 
-def steps_to_break_even(compile_s, before_s, after_s):
-    """Return after how many steps the compiled program has saved at least the time of compiling."""
-    if after_s >= before_s:
-        return float("inf")
-    return int(np.ceil(compile_s / (before_s - after_s)))
+def what_to_try(parts, helps, tried):
+    """Return the technique to try next: one that shortens the largest part and is not tried yet."""
+    for part in sorted(parts, key=parts.get, reverse=True):
+        for technique in helps[part]:
+            if technique not in tried:
+                return technique
+    return "none"
 
 
-def compile_times():
-    yield 20.0, 0.5, 0.25
-    yield 20.0, 0.5, 0.6
-    yield 20.0, 0.5, 0.5
-    yield random.uniform(5, 50), random.uniform(0.2, 0.5), random.uniform(0.05, 0.15)
+def steps_in_parts():
+    helps = {
+        "loader": ["loader workers", "whole-batch loader"],
+        "arithmetic": ["threads", "bf16"],
+        "memory": ["pooling before ReLU", "torch.compile"],
+        "launch": [],
+    }
+    parts = {"loader": 0.004, "arithmetic": 0.03, "memory": 0.002, "launch": 0.003}
+    yield parts, helps, {"threads"}
+    yield parts, helps, {"threads", "bf16"}
+    parts = {name: random.uniform(0.001, 0.01) for name in helps} | {"launch": 0.02}
+    yield parts, helps, set(random.sample(["threads", "loader workers", "torch.compile"], 2))
+    yield parts, helps, {technique for techniques in helps.values() for technique in techniques}
 
 
-def over_the_compiled_step(compile_s, before_s, after_s):
-    return math.ceil(compile_s / after_s)
+def tries_again(parts, helps, tried):
+    return next(helps[part][0] for part in sorted(parts, key=parts.get, reverse=True))
 
 
-def not_rounded(compile_s, before_s, after_s):
-    return compile_s / (before_s - after_s) if after_s < before_s else float("inf")
+def only_the_largest_part(parts, helps, tried):
+    left = [technique for technique in helps[max(parts, key=parts.get)] if technique not in tried]
+    return left[0] if left else "none"
 
 
-def rounded_down(compile_s, before_s, after_s):
-    return compile_s // (before_s - after_s) if after_s < before_s else float("inf")
+def in_the_order_of_the_dictionary(parts, helps, tried):
+    return what_to_try(dict.fromkeys(parts, 0.0), helps, tried)
 
 
-def never_infinite(compile_s, before_s, after_s):
-    return math.ceil(compile_s / abs(before_s - after_s)) if before_s != after_s else float("inf")
+def the_smallest_part_first(parts, helps, tried):
+    return what_to_try({name: -seconds for name, seconds in parts.items()}, helps, tried)
 
 
 TASKS["16.5"] = Task(
-    reference=steps_to_break_even,
-    inputs=compile_times,
+    reference=what_to_try,
+    inputs=steps_in_parts,
     hints=[
-        "How much time does one step save? How many such steps make up for the compilation?",
-        "If a step does not save any time, return infinity. Otherwise divide, and round up.",
+        "Go through the parts from the largest to the smallest. For each, go through its "
+        "techniques, and stop at the first one that is not tried.",
+        "Two loops, one inside the other. `reverse=True` makes `sorted` begin with the largest "
+        "part. Return inside the loops, and return the text after both of them.",
     ],
     mistakes={
-        over_the_compiled_step: "This is how many compiled steps take as long as compiling. Divide "
-        "by the time that a step saves.",
-        not_rounded: "Round up to a whole number of steps.",
-        rounded_down: "Round up: one step earlier, compiling has not paid yet.",
-        never_infinite: "If the compiled step is slower, compiling never pays.",
+        tries_again: "This technique is tried already.",
+        only_the_largest_part: "When nothing is left for the largest part, look at the next "
+        "largest one.",
+        the_smallest_part_first: "Begin with the part that takes the most time.",
+        in_the_order_of_the_dictionary: "Sort the parts by their time first.",
     },
 )
 

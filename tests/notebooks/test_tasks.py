@@ -4,6 +4,7 @@ All files notebooks/solutions/*.py are tested.
 """
 
 import ast
+import builtins
 import inspect
 import re
 import runpy
@@ -51,6 +52,21 @@ def lines_of_code(function):
     statements = tree.body[1:] if ast.get_docstring(tree) else tree.body
     lines = [line for statement in statements for line in ast.unparse(statement).splitlines()]
     return [without_spaces(line) for line in lines]
+
+
+def names_defined_by(code):
+    """The names that the code imports, assigns or defines anywhere, arguments too."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
 
 
 def test_there_are_tasks():
@@ -129,9 +145,17 @@ def test_hints_come_one_after_the_other(task_id, capsys):
 
 
 @each_task
-def test_the_solution_is_printed(task_id, capsys):
+def test_the_printed_solution_runs_in_the_lesson(task_id, capsys):
+    """Its imports, constants and function need only what the lesson's cells define."""
     check.solution(task_id)
-    assert f"def {TASKS[task_id].reference.__name__}(" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"def {TASKS[task_id].reference.__name__}(" in printed
+    (lesson,) = NOTEBOOKS.glob(f"{task_id.partition('.')[0]}_*.ipynb")
+    cells = nbformat.read(lesson, as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    defined = names_defined_by(code) | names_defined_by(printed)
+    loaded = {node.id for node in ast.walk(ast.parse(printed)) if isinstance(node, ast.Name)}
+    assert not loaded - defined - set(dir(builtins))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
