@@ -1,6 +1,7 @@
 # make lab    sets up .venv once, then opens JupyterLab on the first lesson
 # make check  format, lint, layers, types and the fast unit tests: about a minute
 # make test   make check, then everything: all unit tests, all lessons, the browser
+# make test-panels   all lessons in a browser, and all of their panels: about 15 minutes
 # make test-gpu   the tests that need a GPU; they need torch and pytest, but no Jupyter
 
 PYTHON ?= python3
@@ -28,11 +29,15 @@ check: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=0 --durations-min=5 $(FAST_TESTS)
 
 test: check
-	CNNLAB_QUICK=1 CNNLAB_UNATTENDED=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env tests notebooks
+	CNNLAB_QUICK=1 CNNLAB_UNATTENDED=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env $(addprefix --ignore=,$(FAST_TESTS)) tests notebooks
 
 # In .venv, or in the Python that has torch for the GPU.
 test-gpu:
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m pytest -o addopts= --confcutdir=tests/gpu -m gpu -rs -v tests/gpu
+
+# `make test` uses one panel of each kind in the same way.
+test-panels: .venv/ready
+	CNNLAB_ALL_PANELS=1 $(BIN)/python -m pytest tests/browser/test_lessons.py
 
 # JupyterLab's news dialog would greet every learner: its extension is disabled, in .venv only.
 .venv/ready: pyproject.toml constraints.txt
@@ -45,4 +50,4 @@ test-gpu:
 clean:
 	rm -rf .venv
 
-.PHONY: lab check test test-gpu clean
+.PHONY: lab check test test-panels test-gpu clean

@@ -36,16 +36,13 @@ def connect_locally(self, address):
 PathFinder.find_spec = find_unless_hidden
 socket.socket.connect = connect_locally
 """
-EXPECTED = {  # patterns that a lesson must print
+# Patterns that a lesson must print. The other lessons use no extras, compiler or system tools.
+EXPECTED = {
     "04": ["numba is missing", "no C compiler"],
     "05": ["mpi4py"],
-    "06": ["GPU"],
-    "07": ["torch finds none", "CUDA graph"],
     "08": ["numba is missing", "OpenCL is missing", "Triton is missing"],
-    "09": ["GPU"],
     "10": [r"C\+\+ compiler|g\+\+", "GPU"],
     "11": ["JAX is not installed", r"g\+\+"],
-    "12": ["There are not two GPUs"],
     "15": ["Virtual hosts are not available", "is simulated"],
 }
 LESSONS = [path for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if path.name[:2] in EXPECTED]
@@ -80,7 +77,6 @@ def bare(tmp_path):
         "PATH": str(tmp_path / "bin"),
         "CUDA_VISIBLE_DEVICES": "",
         "CNNLAB_QUICK": "1",
-        "CNNLAB_UNATTENDED": "1",
         "CNNLAB_DATA": str(tmp_path / "data"),
         "CXX": "",
     }
