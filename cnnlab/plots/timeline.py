@@ -65,7 +65,8 @@ def step_breakdown(ax: Axes, runs: Runs) -> None:
     ax.set(xlim=(0, round_up(1.15 * max([1.0, *left]))), xlabel="milliseconds per step")
     ax.set_ylim(max(len(steps), 2) - 0.4, -1.1)  # the first row leaves room for the legend
     ax.set_yticks(rows, list(steps))
-    legend_above_bars(ax, len(PARTS))
+    if steps:  # The legend of bars that are empty has wrong colors.
+        legend_above_bars(ax, len(PARTS))
     hide_frame(ax)
 
 
