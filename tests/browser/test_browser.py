@@ -52,7 +52,7 @@ def test_the_slider_of_ranks_runs_real_ranks_and_the_curve_gains_points(lab, ope
     before = picture(panel)
     panel.locator(".cnnlab-run").click()
     wait_for_status(panel, "1 rank with DDP", "speedup")
-    for key, ranks in (("ArrowRight", 2), ("ArrowLeft", 1)):
+    for key, ranks in (("ArrowRight", 2), ("ArrowRight", 4), ("ArrowLeft", 2), ("ArrowLeft", 1)):
         handle.press(key)
         wait_for_status(panel, f"{ranks} rank", "with DDP", "speedup")
         after = picture(panel)

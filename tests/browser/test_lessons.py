@@ -89,8 +89,8 @@ def use(page, panel):
 
 def end(page, panel, run, stop):
     with suppress(playwright.sync_api.TimeoutError):  # a quick run may be over
-        stop.click(timeout=1000)
-    finish(page, panel, run, 20)
+        stop.click(timeout=4000)
+    finish(page, panel, run)
 
 
 def move_a_slider(panel):
