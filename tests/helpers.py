@@ -91,6 +91,27 @@ def run_until(page, words, timeout=120):
     page.wait_for_function(TARGET_CELL_HAS_RUN, timeout=timeout * 1000)
 
 
+def wait_for_kernel(page):
+    """Wait until the kernel answers a request."""
+    page.evaluate(ASK_KERNEL)
+    page.wait_for_function("() => window.answered", timeout=10_000)
+
+
+def picture(panel):
+    """The bytes of the panel's picture on the screen."""
+    image = panel.locator("img.cnnlab-picture, .cnnlab-picture img").first
+    return image.evaluate(PICTURE_BYTES)
+
+
+def changed_picture(panel, before, seconds=30):
+    """Wait for a picture that differs from `before`, and return it."""
+    end = time.monotonic() + seconds
+    while (now := picture(panel)) == before:
+        assert time.monotonic() < end, "the picture did not change while the panel worked"
+        time.sleep(0.2)
+    return now
+
+
 def saved_notebook(page, lab, name):
     """Save the notebook in JupyterLab, and return the JSON that it wrote."""
     page.evaluate(SAVE)

@@ -19,7 +19,7 @@ def measure_once(recipe: Recipe, options: dict) -> Measurement | None:
 
 
 def train_on(recipe: Recipe, images: float) -> Recipe:
-    """The recipe with so many images after a warm-up that is long enough for a GPU."""
+    """The recipe with this many images after a warm-up that is long enough for a GPU."""
     warmup = max(recipe.warmup_steps, WARMUP_STEPS)
     return recipe.replace(warmup_steps=warmup, steps=warmup + ceil(images / recipe.batch_size))
 
@@ -27,8 +27,8 @@ def train_on(recipe: Recipe, images: float) -> Recipe:
 def same_work(below: Measurement, candidate: Measurement, seconds: float) -> list[Recipe]:
     """The recipes of both with equally many images, so that the faster takes `seconds` on a GPU.
 
-    A CPU below keeps its steps, because so many images would take it too long. If the batches
-    differ, both are evaluated.
+    If the rung below runs on the CPU, it keeps its steps, because this many images would take too
+    long. If the batches differ, both are evaluated.
     """
     recipe, speed = candidate.recipe, candidate.images_per_s[0]
     if below.recipe.device == "cpu":

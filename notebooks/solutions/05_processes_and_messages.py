@@ -3,9 +3,7 @@
 `check.build`, `check.hint` and `check.solution` load this file. See `cnnlab.check.Task`.
 """
 
-import os
 import sys
-from functools import cache
 from multiprocessing import shared_memory
 from pathlib import Path
 
@@ -13,8 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cnnlab import ranks, record
+from cnnlab import record
 from cnnlab.check import TIMEOUT, Task
+from cnnlab.launch.task_ranks import call_in_ranks
 
 PROGRAMS = str(Path(record.NOTEBOOKS) / "programs")
 if PROGRAMS not in sys.path:
@@ -26,17 +25,9 @@ TIMEOUT_S = 8  # Three ranks need about 0.5 s, and seconds on a busy machine.
 TASKS = {}
 
 
-@cache
-def start_ranks():
-    """The first start of ranks takes seconds, which must not count for the timeout."""
-    ranks(os.getpid, 2)
-
-
 def by_rank(call, world):
     """What `call()` returns in each of `world` ranks."""
-    start_ranks()
-    values = ranks(call, world, timeout=TIMEOUT_S)
-    return {f"rank {rank}": value for rank, value in enumerate(values)}
+    return call_in_ranks(call, world, TIMEOUT_S)
 
 
 # 05.1: the rows of a rank

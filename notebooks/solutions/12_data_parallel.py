@@ -3,9 +3,7 @@
 `check.build`, `check.hint` and `check.solution` load this file. See `cnnlab.check.Task`.
 """
 
-import os
 from contextlib import nullcontext
-from functools import cache
 from itertools import pairwise
 
 import torch
@@ -16,24 +14,17 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from cnnlab import all_reduce_seconds, ranks
+from cnnlab import all_reduce_seconds
 from cnnlab.check import Task
+from cnnlab.launch.task_ranks import call_in_ranks
 
 TIMEOUT_S = 20  # Three ranks need about 0.5 s, and seconds on a busy machine.
 TASKS = {}
 
 
-@cache
-def start_ranks():
-    """The first start of ranks takes seconds, which must not count for the timeout."""
-    ranks(os.getpid, 2)
-
-
 def by_rank(call, world=2):
     """What `call()` returns in each rank."""
-    start_ranks()
-    values = ranks(call, world, timeout=TIMEOUT_S)
-    return {f"rank {rank}": value for rank, value in enumerate(values)}
+    return call_in_ranks(call, world, TIMEOUT_S)
 
 
 def small_network():

@@ -4,8 +4,6 @@
 """
 
 import copy
-import os
-from functools import cache
 from statistics import median
 
 import torch
@@ -13,24 +11,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from cnnlab import ranks
 from cnnlab.check import Task
+from cnnlab.launch.task_ranks import call_in_ranks
 
 TIMEOUT_S = 12  # Three ranks need about 0.5 s, and seconds on a busy machine.
 TASKS = {}
 
 
-@cache
-def start_ranks():
-    """The first start of ranks takes seconds, which must not count for the timeout."""
-    ranks(os.getpid, 2)
-
-
 def by_rank(call, world):
     """What `call()` returns in each of `world` ranks."""
-    start_ranks()
-    values = ranks(call, world, timeout=TIMEOUT_S)
-    return {f"rank {rank}": value for rank, value in enumerate(values)}
+    return call_in_ranks(call, world, TIMEOUT_S)
 
 
 def random_integers(low, high, count):

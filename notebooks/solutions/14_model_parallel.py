@@ -3,8 +3,6 @@
 `check.build`, `check.hint` and `check.solution` load this file. See `cnnlab.check.Task`.
 """
 
-import os
-from functools import cache
 from itertools import combinations, pairwise
 
 import torch
@@ -13,24 +11,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cnnlab import ranks
 from cnnlab.check import TIMEOUT, Task
+from cnnlab.launch.task_ranks import call_in_ranks
 
 TIMEOUT_S = 20  # Two ranks need about 0.3 s, and seconds on a busy machine.
 TASKS = {}
 
 
-@cache
-def start_ranks():
-    """The first start of ranks takes seconds, which must not count for the timeout."""
-    ranks(os.getpid, 2)
-
-
 def by_rank(call):
     """What `call()` returns in each of two ranks."""
-    start_ranks()
-    values = ranks(call, 2, timeout=TIMEOUT_S)
-    return {f"rank {rank}": value for rank, value in enumerate(values)}
+    return call_in_ranks(call, 2, TIMEOUT_S)
 
 
 # 14.1: a pipeline of two stages

@@ -6,7 +6,15 @@ import time
 
 import nbformat
 import psutil
-from helpers import ASK_KERNEL, ERRORS, PICTURE_BYTES, run_all, run_until, saved_notebook
+from helpers import (
+    ERRORS,
+    changed_picture,
+    picture,
+    run_all,
+    run_until,
+    saved_notebook,
+    wait_for_kernel,
+)
 from PIL import Image
 
 CLUSTER = """from many_machines.cluster import ClusterPanel
@@ -124,28 +132,12 @@ def stop(page, panel):
     """Press Stop: the panel says so, the kernel answers, and no rank is left."""
     panel.locator(".cnnlab-stop").click()
     wait_for_status(panel, "Stopped")
-    page.evaluate(ASK_KERNEL)
-    page.wait_for_function("() => window.answered", timeout=10_000)
+    wait_for_kernel(page)
     assert not forked_ranks()
 
 
 def assert_no_errors(page):
     assert page.locator(ERRORS).count() == 0
-
-
-def picture(panel):
-    """The bytes of the picture on the screen."""
-    image = panel.locator("img.cnnlab-picture, .cnnlab-picture img").first
-    return image.evaluate(PICTURE_BYTES)
-
-
-def changed_picture(panel, before, seconds=30):
-    """Wait for a picture that differs from `before`, and return it."""
-    end = time.monotonic() + seconds
-    while (now := picture(panel)) == before:
-        assert time.monotonic() < end, "the picture did not change while training ran"
-        time.sleep(0.2)
-    return now
 
 
 def saved_picture(page, lab, name):

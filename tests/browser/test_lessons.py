@@ -10,7 +10,7 @@ from pathlib import Path
 
 import playwright.sync_api
 import pytest
-from helpers import ASK_KERNEL, PICTURE_BYTES, run_all
+from helpers import changed_picture, picture, run_all, wait_for_kernel
 
 QUICK = True  # for the fixture `lab`
 LESSONS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9]*.ipynb"))
@@ -67,13 +67,13 @@ def use(page, panel):
         run.click()
     else:
         move_a_slider(panel)
-    before = changed_picture(panel, before)
+    before = changed_picture(panel, before, 120)
     if not run.count():
         return
     end(page, panel, run, stop)
     if panel.locator(".noUi-handle").count():
         move_a_slider(panel)
-        changed_picture(panel, before)
+        changed_picture(panel, before, 120)
     else:
         run.click()
     time.sleep(0.3)
@@ -112,18 +112,4 @@ def finish(page, panel, run, seconds=180):
         time.sleep(0.2)
     status = panel.locator(".cnnlab-status").inner_text()
     assert "failed" not in status and "cannot" not in status, status
-    page.evaluate(ASK_KERNEL)
-    page.wait_for_function("() => window.answered", timeout=10_000)
-
-
-def picture(panel):
-    image = panel.locator("img.cnnlab-picture, .cnnlab-picture img").first
-    return image.evaluate(PICTURE_BYTES)
-
-
-def changed_picture(panel, before, seconds=120):
-    end = time.monotonic() + seconds
-    while (now := picture(panel)) == before:
-        assert time.monotonic() < end, "the picture did not change"
-        time.sleep(0.2)
-    return now
+    wait_for_kernel(page)
